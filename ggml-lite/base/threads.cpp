@@ -1,0 +1,204 @@
+#include "ggml-lite/base/threads.h"
+
+#include <sched.h>
+
+#include <algorithm>
+#include <atomic>
+#include <chrono>
+#include <cmath>
+#include <exception>
+#include <mutex>
+#include <set>
+#include <sstream>
+#include <string>
+#include <system_error>
+#include <thread>
+#include <utility>
+#include <vector>
+
+#include "ggml-lite/base/check.h"
+#include "ggml-lite/base/file.h"
+
+namespace qn {
+namespace {
+
+using Clock = std::chrono::steady_clock;
+constexpr auto kSpin = std::chrono::microseconds(40);  // longer than any gap between two operations of a layer
+
+void relax() {
+#if defined(__x86_64__) || defined(__i386__)
+  __builtin_ia32_pause();
+#elif defined(__aarch64__)
+  asm volatile("yield");
+#endif
+}
+
+// Processors of the affinity mask; empty when the system does not say.
+std::vector<int> allowed_processors() {
+  std::vector<int> cpus;
+  cpu_set_t set;
+  if (sched_getaffinity(0, sizeof set, &set) == 0)
+    for (int i = 0; i < CPU_SETSIZE; i++)
+      if (CPU_ISSET(i, &set)) cpus.push_back(i);
+  return cpus;
+}
+
+// A small file of /proc or /sys; empty where there is none
+std::istringstream small_file(const std::string& path) {
+  try {
+    return std::istringstream(read_text(path, 1 << 16));
+  } catch (const Error&) {
+    return {};
+  }
+}
+
+// Processors' worth of time the cgroups above us grant (v2 cpu.max "quota period", v1 cfs_quota_us); huge when unlimited.
+double cgroup_processors() {
+  double least = 1e9, quota = 0, period = 0;
+  std::istringstream groups = small_file("/proc/self/cgroup");
+  for (std::string line; std::getline(groups, line);) {
+    if (line.rfind("0::", 0) != 0) continue;
+    for (std::string path = line.substr(3);;) {  // a parent may be tighter than its children
+      std::istringstream max = small_file("/sys/fs/cgroup" + path + "/cpu.max");  // "max 100000" is no number: no limit
+      if (max >> quota >> period && quota > 0 && period > 0) least = std::min(least, quota / period);
+      const size_t slash = path.rfind('/');
+      if (slash == std::string::npos) break;
+      path.resize(slash);
+    }
+  }
+  const std::string v1 = "/sys/fs/cgroup/cpu/cpu.cfs_";
+  if (small_file(v1 + "quota_us") >> quota && small_file(v1 + "period_us") >> period && quota > 0 && period > 0) least = std::min(least, quota / period);
+  return least;
+}
+
+int usable_processors() {
+  const double by_mask = std::max<double>(1, allowed_processors().size());
+  return static_cast<int>(std::max(1.0, std::min(by_mask, std::ceil(cgroup_processors()))));
+}
+
+}  // namespace
+
+int default_threads() {
+  // Two hardware threads of a core share its load ports and its cache: the second adds nothing to a stream of weights.
+  std::set<std::string> cores;
+  for (int cpu : allowed_processors()) {
+    std::string siblings;  // "0,64" for both of a pair
+    if (!(small_file("/sys/devices/system/cpu/cpu" + std::to_string(cpu) + "/topology/thread_siblings_list") >> siblings)) siblings = std::to_string(cpu);
+    cores.insert(siblings);
+  }
+  return std::max(1, std::min(static_cast<int>(cores.size()), usable_processors()));
+}
+
+// Every waiting is for a counter to move on: the epoch (a new job), the phase of the barrier, the workers still running.
+// A waiter polls its counter for kSpin, then sleeps in the kernel on that address (std::atomic::wait; the waking side makes
+// no system call while nobody sleeps). Counters that different threads write lie on lines of their own.
+struct Threads::Impl {
+  int n = 1;
+  bool spin = true;
+  alignas(64) std::atomic<int> epoch{0};
+  void (*call)(void*, int) = nullptr;
+  void* arg = nullptr;
+  bool stop = false, running = false;
+  alignas(64) std::atomic<int> busy{0};
+  alignas(64) std::atomic<int> arrived{0};
+  alignas(64) std::atomic<int> phase{0};
+  alignas(64) std::atomic<int64_t> task{0};
+  alignas(64) std::mutex error_mutex;
+  std::exception_ptr error;
+  std::vector<std::thread> workers;
+
+  void await_change(const std::atomic<int>& a, int old) const {
+    if (spin) {
+      const auto end = Clock::now() + kSpin;
+      do {
+        for (int i = 0; i < 64; i++) {
+          if (a.load(std::memory_order_acquire) != old) return;
+          relax();
+        }
+      } while (Clock::now() < end);
+    }
+    a.wait(old, std::memory_order_acquire);
+  }
+
+  void work(int thread) {
+    try {
+      call(arg, thread);
+    } catch (...) {
+      std::lock_guard lock(error_mutex);
+      if (!error) error = std::current_exception();
+    }
+  }
+
+  void worker(int thread) {
+    for (int seen = 0;;) {
+      int now = epoch.load(std::memory_order_acquire);
+      while (now == seen) {
+        await_change(epoch, seen);
+        now = epoch.load(std::memory_order_acquire);
+      }
+      seen = now;
+      if (stop) return;
+      work(thread);
+      if (busy.fetch_sub(1) == 1) busy.notify_one();
+    }
+  }
+
+  void shut_down() {
+    stop = true;
+    epoch.fetch_add(1);
+    epoch.notify_all();
+    for (std::thread& t : workers) t.join();
+  }
+};
+
+Threads::Threads(int n) : impl_(std::make_unique<Impl>()) {
+  impl_->n = n > 0 ? n : default_threads();
+  impl_->spin = impl_->n <= usable_processors();
+  try {
+    for (int i = 1; i < impl_->n; i++) impl_->workers.emplace_back([impl = impl_.get(), i] { impl->worker(i); });
+  } catch (const std::system_error&) {
+    const size_t started = impl_->workers.size() + 1;
+    impl_->shut_down();
+    fail("threads: the system refused thread %zu of %d; try fewer threads", started + 1, impl_->n);
+  }
+}
+
+Threads::~Threads() { impl_->shut_down(); }
+
+int Threads::size() const { return impl_->n; }
+
+void Threads::run_raw(void (*call)(void*, int), void* arg) {
+  Impl& s = *impl_;
+  QN_CHECK(!s.running, "run() called inside run() of %d threads", s.n);
+  s.running = true;
+  s.call = call, s.arg = arg;
+  s.task.store(0, std::memory_order_relaxed);
+  if (s.n > 1) {
+    s.busy.store(s.n - 1, std::memory_order_relaxed);
+    s.epoch.fetch_add(1);
+    s.epoch.notify_all();
+  }
+  s.work(0);
+  for (int left; (left = s.busy.load(std::memory_order_acquire)) != 0;) s.await_change(s.busy, left);
+  s.running = false;
+  if (s.error) std::rethrow_exception(std::exchange(s.error, nullptr));
+}
+
+void Threads::barrier(int) {
+  Impl& s = *impl_;
+  if (s.n == 1) return;
+  const int phase = s.phase.load(std::memory_order_acquire);
+  if (s.arrived.fetch_add(1, std::memory_order_acq_rel) == s.n - 1) {
+    s.arrived.store(0, std::memory_order_relaxed);
+    s.phase.fetch_add(1);
+    s.phase.notify_all();
+  } else {
+    while (s.phase.load(std::memory_order_acquire) == phase) s.await_change(s.phase, phase);
+  }
+}
+
+int64_t Threads::next_task() { return impl_->task.fetch_add(1, std::memory_order_relaxed); }
+
+void Threads::reset_tasks() { impl_->task.store(0, std::memory_order_relaxed); }
+
+}  // namespace qn

@@ -1,0 +1,210 @@
+// Contracts of the operations, written once for all devices: every message prints the shapes that do not fit.
+#include "ggml-lite/core/device.h"
+
+#include <utility>
+
+#include "ggml-lite/base/check.h"
+
+namespace qn {
+
+Buffer& Buffer::operator=(Buffer&& o) noexcept {
+  std::swap(device_, o.device_);
+  std::swap(data_, o.data_);
+  std::swap(bytes_, o.bytes_);
+  return *this;
+}
+Buffer::~Buffer() {
+  if (data_) device_->do_free(data_, bytes_);
+}
+
+Buffer Device::alloc(size_t bytes, const char* what) { return Buffer(this, do_alloc(bytes, what), bytes); }
+
+namespace {
+
+std::string shape(const Tensor& t) {
+  std::string s = std::string(name(t.dtype)) + " (";
+  for (int i = 0; i < t.ndim; i++) s += (i ? ", " : "") + std::to_string(t.shape[i]);
+  return s + ")";
+}
+
+// F32 activations (rows, cols); a column slice when `slice`
+void check_act(const char* op, const char* what, const Tensor& t, int64_t rows, int64_t cols, bool slice = false) {
+  QN_CHECK(t && t.dtype == DType::F32 && t.rows() == rows && t.cols() == cols, "%s: %s: expected f32 (%lld, %lld), got %s", op, what,
+           static_cast<long long>(rows), static_cast<long long>(cols), shape(t).c_str());
+  QN_CHECK(slice ? t.row_stride >= cols : t.row_stride == cols || rows == 1, "%s: %s: rows are %lld apart, %lld wide", op, what,
+           static_cast<long long>(t.row_stride), static_cast<long long>(cols));
+}
+void check_vec(const char* op, const char* what, const Tensor& t, int64_t n) {
+  QN_CHECK(t && t.dtype == DType::F32 && t.ndim == 1 && t.shape[0] == n, "%s: %s: expected f32 (%lld), got %s", op, what,
+           static_cast<long long>(n), shape(t).c_str());
+}
+// A stored weight matrix (n, k); n < 0: any
+void check_weight(const char* op, const char* what, const Tensor& w, int64_t n, int64_t k) {
+  QN_CHECK(w && w.ndim == 2 && (n < 0 || w.rows() == n) && w.cols() == k, "%s: %s: expected (%lld, %lld), got %s", op, what,
+           static_cast<long long>(n), static_cast<long long>(k), shape(w).c_str());
+  const bool t16 = is_t16(w.dtype);
+  QN_CHECK(t16 || w.dtype == DType::F32 || w.dtype == DType::BF16, "%s: %s: %s is no weight format", op, what, shape(w).c_str());
+  QN_CHECK(k % 32 == 0, "%s: %s: %s: K must be a multiple of 32", op, what, shape(w).c_str());
+  if (t16)
+    QN_CHECK((w.group == 32 || w.group == 64 || w.group == 128) && k % w.group == 0, "%s: %s: %s: group %d", op, what, shape(w).c_str(), w.group);
+}
+// A weight that sees unrounded activations: row-major only
+void check_exact(const char* op, const char* what, const Tensor& w, int64_t n, int64_t k) {
+  check_weight(op, what, w, n, k);
+  QN_CHECK(!is_t16(w.dtype), "%s: %s: %s must be bf16 or f32", op, what, shape(w).c_str());
+}
+void check_experts(const char* op, const Experts& e, int64_t d, int64_t f) {
+  QN_CHECK(e && e.count > 0 && e.d == d && e.f == f, "%s: experts: expected d %lld f %lld, got d %lld f %lld", op, static_cast<long long>(d),
+           static_cast<long long>(f), static_cast<long long>(e.d), static_cast<long long>(e.f));
+  check_weight(op, "expert gate_up", e.gate_up(0), 2 * f, d);
+  check_weight(op, "expert down", e.down(0), d, f);
+}
+
+}  // namespace
+
+void Device::embed(const EmbedArgs& a) {
+  const int64_t t = a.h.rows(), d = a.h.cols();
+  QN_CHECK(a.ids && a.ids.dtype == DType::I32 && a.ids.rows() == t, "embed: ids: expected i32 (%lld), got %s", static_cast<long long>(t), shape(a.ids).c_str());
+  check_act("embed", "h", a.h, t, d);
+  check_exact("embed", "table", a.table, -1, d);
+  do_embed(a);
+}
+
+void Device::norm_matmul(const NormMatmulArgs& a) {
+  const char* op = "norm_matmul";
+  const int64_t t = a.h.rows(), d = a.h.cols();
+  check_act(op, "h", a.h, t, d, true);
+  if (a.norm) check_vec(op, "norm", a.norm, d);
+  QN_CHECK(a.w || a.w_exact || a.normed, "%s: nothing to compute", op);
+  if (a.w) {
+    check_weight(op, "w", a.w, -1, d);
+    check_act(op, "y", a.y, t, a.w.rows(), true);
+  }
+  if (a.w_exact) {
+    check_exact(op, "w_exact", a.w_exact, -1, d);
+    check_act(op, "y_exact", a.y_exact, t, a.w_exact.rows(), true);
+  }
+  if (a.normed) check_act(op, "normed", a.normed, t, d);
+  do_norm_matmul(a);
+}
+
+void Device::delta_net(const DeltaNetArgs& a) {
+  const char* op = "delta_net";
+  const int64_t t = a.qkv.rows(), gk = a.key_heads, gv = a.value_heads;
+  QN_CHECK(a.step, "%s: no step parameters", op);
+  QN_CHECK(gk > 0 && gv > 0 && gv % gk == 0, "%s: %lld value heads on %lld key heads", op, static_cast<long long>(gv), static_cast<long long>(gk));
+  QN_CHECK(a.state && a.state.dtype == DType::F32 && a.state.ndim == 3 && a.state.shape[0] == gv, "%s: state: expected f32 (%lld, DK, DV), got %s", op,
+           static_cast<long long>(gv), shape(a.state).c_str());
+  const int64_t dk = a.state.shape[1], dv = a.state.shape[2], ch = 2 * gk * dk + gv * dv;
+  QN_CHECK(dk % 32 == 0 && dv % 32 == 0, "%s: head widths %lld and %lld must be multiples of 32", op, static_cast<long long>(dk), static_cast<long long>(dv));
+  check_act(op, "qkv", a.qkv, t, ch, true);
+  check_act(op, "ba", a.ba, t, 2 * gv);
+  QN_CHECK(a.conv && a.conv.rows() == ch && a.conv.cols() == 4 && (a.conv.dtype == DType::F32 || a.conv.dtype == DType::BF16),
+           "%s: conv: expected (%lld, 4), got %s", op, static_cast<long long>(ch), shape(a.conv).c_str());
+  check_vec(op, "neg_a", a.neg_a, gv);
+  check_vec(op, "dt_bias", a.dt_bias, gv);
+  const int64_t slots = a.conv_ring.rows();
+  QN_CHECK(slots >= 4 && (slots & (slots - 1)) == 0, "%s: %lld slots in the ring", op, static_cast<long long>(slots));
+  check_act(op, "conv_ring", a.conv_ring, slots, ch);
+  check_act(op, "o", a.o, t, gv * dv);
+  do_delta_net(a);
+}
+
+void Device::gated_norm_matmul(const GatedNormMatmulArgs& a) {
+  const char* op = "gated_norm_matmul";
+  const int64_t t = a.o.rows(), n = a.o.cols(), dv = a.norm.rows();
+  check_vec(op, "norm", a.norm, dv);
+  QN_CHECK(dv > 0 && n % dv == 0, "%s: %lld values in heads of %lld", op, static_cast<long long>(n), static_cast<long long>(dv));
+  check_act(op, "o", a.o, t, n);
+  check_act(op, "z", a.z, t, n, true);
+  check_weight(op, "w", a.w, a.h.cols(), n);
+  check_act(op, "h", a.h, t, a.w.rows());
+  do_gated_norm_matmul(a);
+}
+
+void Device::attention(const AttentionArgs& a) {
+  const char* op = "attention";
+  const int64_t t = a.qgkv.rows(), dh = a.q_norm.rows(), h = a.heads, hk = a.kv_heads;
+  QN_CHECK(a.step, "%s: no step parameters", op);
+  QN_CHECK(h > 0 && hk > 0 && h % hk == 0 && dh % 32 == 0 && dh > 0, "%s: %lld heads on %lld of width %lld", op, static_cast<long long>(h),
+           static_cast<long long>(hk), static_cast<long long>(dh));
+  check_act(op, "qgkv", a.qgkv, t, 2 * h * dh + 2 * hk * dh, true);
+  check_vec(op, "q_norm", a.q_norm, dh);
+  check_vec(op, "k_norm", a.k_norm, dh);
+  check_vec(op, "inv_freq", a.inv_freq, a.inv_freq.rows());
+  QN_CHECK(2 * a.inv_freq.rows() <= dh, "%s: %lld rotated dims of %lld", op, static_cast<long long>(2 * a.inv_freq.rows()), static_cast<long long>(dh));
+  for (const Tensor* c : {&a.k_cache, &a.v_cache})
+    QN_CHECK(*c && c->ndim == 3 && c->shape[0] == hk && c->shape[2] == dh && c->shape[1] == a.k_cache.shape[1] && c->dtype == a.k_cache.dtype &&
+                 (c->dtype == DType::F32 || c->dtype == DType::BF16),
+             "%s: cache: expected (%lld, C, %lld), got %s", op, static_cast<long long>(hk), static_cast<long long>(dh), shape(*c).c_str());
+  check_act(op, "o", a.o, t, h * dh);
+  do_attention(a);
+}
+
+void Device::gate_matmul(const GateMatmulArgs& a) {
+  const char* op = "gate_matmul";
+  const int64_t t = a.o.rows(), n = a.o.cols();
+  check_act(op, "o", a.o, t, n);
+  check_act(op, "gate", a.gate, t, n, true);
+  check_weight(op, "w", a.w, a.h.cols(), n);
+  check_act(op, "h", a.h, t, a.w.rows());
+  do_gate_matmul(a);
+}
+
+void Device::moe_router(const MoeRouterArgs& a) {
+  const char* op = "moe_router";
+  const int64_t t = a.h.rows(), d = a.h.cols(), e = a.router.rows(), fs = a.shared.cols();
+  check_act(op, "h", a.h, t, d);
+  check_vec(op, "norm", a.norm, d);
+  check_exact(op, "router", a.router, e, d);
+  check_exact(op, "shared_gate", a.shared_gate, 1, d);
+  check_weight(op, "shared_gate_up", a.shared_gate_up, 2 * fs, d);
+  QN_CHECK(fs % 8 == 0, "%s: shared width %lld must be a multiple of 8", op, static_cast<long long>(fs));
+  check_act(op, "x", a.x, t, d);
+  check_act(op, "logits", a.logits, t, e);
+  check_act(op, "shared", a.shared, t, fs);
+  check_vec(op, "shared_scale", a.shared_scale, t);
+  do_moe_router(a);
+}
+
+void Device::moe_gate_up(const MoeGateUpArgs& a) {
+  const char* op = "moe_gate_up";
+  const int64_t t = a.x.rows(), d = a.x.cols(), k = a.ids.cols(), f = a.inner.cols();
+  check_act(op, "x", a.x, t, d);
+  check_experts(op, a.experts, d, f);
+  check_act(op, "logits", a.logits, t, a.experts.count);
+  QN_CHECK(k > 0 && k <= a.experts.count, "%s: choose %lld of %d", op, static_cast<long long>(k), a.experts.count);
+  QN_CHECK(a.ids.dtype == DType::I32 && a.ids.rows() == t, "%s: ids: got %s", op, shape(a.ids).c_str());
+  check_act(op, "weights", a.weights, t, k);
+  check_act(op, "inner", a.inner, t * k, f);
+  QN_CHECK(f % 8 == 0, "%s: expert width %lld must be a multiple of 8", op, static_cast<long long>(f));
+  do_moe_gate_up(a);
+}
+
+void Device::moe_down(const MoeDownArgs& a) {
+  const char* op = "moe_down";
+  const int64_t t = a.h.rows(), d = a.h.cols(), k = a.ids.cols(), f = a.inner.cols(), fs = a.shared.cols();
+  check_act(op, "h", a.h, t, d);
+  check_experts(op, a.experts, d, f);
+  QN_CHECK(a.ids.dtype == DType::I32 && a.ids.rows() == t && k > 0 && k <= a.experts.count, "%s: ids: got %s", op, shape(a.ids).c_str());
+  check_act(op, "weights", a.weights, t, k);
+  check_act(op, "inner", a.inner, t * k, f);
+  check_act(op, "shared", a.shared, t, fs);
+  check_vec(op, "shared_scale", a.shared_scale, t);
+  check_weight(op, "shared_down", a.shared_down, d, fs);
+  do_moe_down(a);
+}
+
+void Device::concat_matmul(const ConcatMatmulArgs& a) {
+  const char* op = "concat_matmul";
+  const int64_t t = a.a.rows(), d = a.a.cols();
+  check_act(op, "a", a.a, t, d);
+  check_act(op, "b", a.b, t, d);
+  check_vec(op, "norm_a", a.norm_a, d);
+  check_vec(op, "norm_b", a.norm_b, d);
+  check_weight(op, "w", a.w, -1, 2 * d);
+  check_act(op, "y", a.y, t, a.w.rows());
+  do_concat_matmul(a);
+}
+
+}  // namespace qn

@@ -1,0 +1,228 @@
+// Device: the one interface between the model and the machine. Three implement it: ref (scalar, the truth), cpu, cuda.
+//
+// Operations are the phases of a layer, cut where every output needs every input of the phase before; each is one kernel
+// launch on a GPU (one or two) and one parallel region on a CPU. A public operation checks its contract once for all devices
+// (dtype, shape, divisibility, aliasing: QN_CHECK with both shapes) and calls the private do_...().
+//
+// Rules for implementations:
+//   - An operation allocates nothing: scratch is sized by reserve().
+//   - What changes per step (position) is read from `step`, which lies in device memory; shapes are fixed per recording.
+//   - Row i of a result depends on row i (and the state left by rows < i) only, and its bits do not depend on how many rows
+//     the call has, for calls of 1 to 8 rows. ref and cpu hold this for any number of rows.
+//   - Sums over K are fp32. Results of two devices agree within the tolerances of tests/test_ops.cpp.
+//   - Operations of one device run in the order they are called. download() and sync() wait, nothing else does.
+//
+// Activations are F32 (T, n). `h` is the residual stream (T, D).
+#pragma once
+#include <cstdint>
+#include <functional>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "ggml-lite/core/step.h"
+#include "ggml-lite/core/tensor.h"
+
+namespace qn {
+
+// Sizes the scratch memory of a device needs to know before the first operation.
+struct OpLimits {
+  int tokens = 0;       // largest T of a call
+  int64_t width = 0;    // largest K of a matrix product and largest N of a fused intermediate
+  int experts = 0, chosen = 0;
+  int64_t expert_width = 0, model_width = 0;
+  int heads = 0;        // H
+  int64_t context = 0;  // C
+  int value_heads = 0, key_heads = 0;  // GV, GK
+  int64_t key_dim = 0, value_dim = 0;  // DK, DV
+};
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Arguments. "out" members are written, all else is read. fp32 unless said otherwise. w1 marks norm weights with 1+w folded.
+
+struct EmbedArgs {
+  Tensor ids;    // (T) I32, each in [0, V): an id outside is a contract violation on CPU devices, clamped on CUDA
+  Tensor table;  // (V, D) BF16 or F32
+  Tensor h;      // out (T, D)
+};
+
+// y_i = W_i act(norm(h)); norm(x) = x / sqrt(mean(x^2) + eps) * w1.   D1, A1 and the head.
+struct NormMatmulArgs {
+  Tensor h;             // (T, D)
+  Tensor norm;          // (D); empty: h itself
+  float eps = 1e-6f;
+  Act act = Act::F32;   // rounding of what enters w
+  Tensor w, y;          // (N, D) any weight format -> out (T, N); y may be a column slice
+  Tensor w_exact, y_exact;  // optional: BF16 or F32 weights that see unrounded fp32 -> out (T, N2)
+  Tensor normed;        // optional out (T, D): norm(h), unrounded
+};
+
+// Convolution, SiLU, L2 norm, gates and the gated delta rule (model-spec 3.3-3.5; recurrent form 3.5 or chunked 3.6).   D2
+struct DeltaNetArgs {
+  Tensor qkv;       // (T, CH): q (GK*DK) | k (GK*DK) | v (GV*DV), before the convolution; may be a column slice
+  Tensor ba;        // (T, 2*GV): b | a
+  Tensor conv;      // (CH, 4) F32 or BF16: taps, the last one meets the current token
+  Tensor neg_a;     // (GV): -exp(A_log)
+  Tensor dt_bias;   // (GV)
+  Tensor conv_ring; // in/out (slots, CH), slots a power of two >= 4: the input of position p is in slot p & (slots - 1).
+                    // Zero before the sequence starts. The call leaves the inputs of its last min(T, slots) positions there.
+  Tensor state;     // in/out (GV, DK, DV): S, key index first
+  Tensor o;         // out (T, GV*DV)
+  int key_heads = 0, value_heads = 0;
+  const StepParams* step = nullptr;
+};
+
+// h += W act( rms(o per head) * w * silu(z) )    (w plain, not 1+w)      D3
+struct GatedNormMatmulArgs {
+  Tensor o;     // (T, GV*DV)
+  Tensor z;     // (T, GV*DV), may be a column slice
+  Tensor norm;  // (DV)
+  float eps = 1e-6f;
+  Act act = Act::F32;
+  Tensor w;     // (D, GV*DV)
+  Tensor h;     // in/out (T, D)
+};
+
+// q and k norm, RoPE on the first R dims (pairs (i, i+R/2)), append to the cache, causal softmax attention.     A2
+struct AttentionArgs {
+  Tensor qgkv;            // (T, 2*H*DH + 2*HK*DH): query | gate | k | v; the gate is not read here
+  Tensor q_norm, k_norm;  // (DH) w1
+  float eps = 1e-6f;
+  Tensor inv_freq;        // (R/2): radians per position
+  float rope_scale = 1;   // factor on cos and sin (YaRN attention factor)
+  Tensor k_cache, v_cache;  // in/out (HK, C, DH) F32 or BF16 (rounded to nearest even when stored)
+  int heads = 0, kv_heads = 0;
+  Tensor o;               // out (T, H*DH)
+  const StepParams* step = nullptr;
+};
+
+// h += W act( o * sigmoid(gate) )     A3
+struct GateMatmulArgs {
+  Tensor o;     // (T, H*DH)
+  Tensor gate;  // (T, H*DH), may be a column slice
+  Act act = Act::F32;
+  Tensor w;     // (D, H*DH)
+  Tensor h;     // in/out (T, D)
+};
+
+// D4: x = norm(h); router logits; shared expert up to its SwiGLU; its scalar gate.
+struct MoeRouterArgs {
+  Tensor h;            // (T, D)
+  Tensor norm;         // (D) w1
+  float eps = 1e-6f;
+  Tensor router;       // (E, D) BF16 or F32: sees unrounded fp32
+  Tensor shared_gate;  // (1, D) BF16 or F32: sees unrounded fp32
+  Act shared_act = Act::F32;
+  Tensor shared_gate_up;  // (2*FS, D); row-major: gate rows then up rows; T16: interleaved by 8
+  Tensor x;            // out (T, D): norm(h), unrounded
+  Tensor logits;       // out (T, E)
+  Tensor shared;       // out (T, FS): silu(gate) * up
+  Tensor shared_scale; // out (T): sigmoid(shared_gate . x)
+};
+
+// D5: top K of softmax(logits) (ties: lower index), weights renormalised over the K if `renormalise`; gate_up and SwiGLU.
+struct MoeGateUpArgs {
+  Tensor x;        // (T, D)
+  Tensor logits;   // (T, E)
+  bool renormalise = true;
+  Act act = Act::F32;
+  Experts experts;
+  Tensor ids;      // out (T, K) I32, in order of falling probability
+  Tensor weights;  // out (T, K)
+  Tensor inner;    // out (T*K, F): row t*K + j belongs to expert ids[t][j]
+};
+
+// D6: h += sum_j weights[j] * down_{ids[j]} act(inner[j]) + shared_scale * shared_down act(shared)
+struct MoeDownArgs {
+  Tensor ids, weights, inner;  // as D5 left them
+  Act act = Act::F32;          // of the routed experts
+  Experts experts;
+  Tensor shared;               // (T, FS)
+  Tensor shared_scale;         // (T)
+  Act shared_act = Act::F32;
+  Tensor shared_down;          // (D, FS)
+  Tensor h;                    // in/out (T, D)
+};
+
+// y = W act( concat( norm(a; norm_a), norm(b; norm_b) ) )       the entry of a multi-token-prediction layer
+struct ConcatMatmulArgs {
+  Tensor a, b;              // (T, D)
+  Tensor norm_a, norm_b;    // (D) w1
+  float eps = 1e-6f;
+  Act act = Act::F32;
+  Tensor w;                 // (D, 2D)
+  Tensor y;                 // out (T, D)
+};
+
+// ---------------------------------------------------------------------------------------------------------------------
+
+class Device;
+
+// Memory of a device, freed with the object (before its device). Zeroed.
+class Buffer {
+ public:
+  Buffer() = default;
+  Buffer(Device* device, void* data, size_t bytes) : device_(device), data_(data), bytes_(bytes) {}
+  Buffer(Buffer&& o) noexcept { *this = std::move(o); }
+  Buffer& operator=(Buffer&& o) noexcept;
+  ~Buffer();
+  void* data() const { return data_; }
+  size_t bytes() const { return bytes_; }
+
+ private:
+  Device* device_ = nullptr;
+  void* data_ = nullptr;
+  size_t bytes_ = 0;
+};
+
+class Device {
+ public:
+  virtual ~Device() = default;
+  virtual std::string name() const = 0;         // "cpu (16 threads, avx512)"
+  virtual bool host_memory() const = 0;         // pointers of tensors can be dereferenced by the host
+
+  // ---- memory and order
+  Buffer alloc(size_t bytes, const char* what);  // zeroed; throws Error naming `what` and the missing bytes
+  // Weights as they lie in the mapped file -> where operations can read them. Host devices return the same address.
+  virtual const void* place(const void* host, size_t bytes) = 0;
+  virtual void upload(void* to, const void* from_host, size_t bytes) = 0;
+  virtual void download(void* to_host, const void* from, size_t bytes) = 0;
+  virtual void copy(void* to, const void* from, size_t bytes) = 0;  // device to device, ordered with operations
+  virtual void zero(void* to, size_t bytes) = 0;
+  virtual void sync() {}
+  // Run `body` (a fixed list of operations on fixed addresses); a device that records may replay what it recorded for `key`.
+  virtual void recorded(uint64_t key, const std::function<void()>& body) {
+    (void)key;
+    body();
+  }
+  virtual void reserve(const OpLimits& limits) = 0;  // again with larger limits is allowed between operations
+
+  // ---- operations
+  void embed(const EmbedArgs&);
+  void norm_matmul(const NormMatmulArgs&);
+  void delta_net(const DeltaNetArgs&);
+  void gated_norm_matmul(const GatedNormMatmulArgs&);
+  void attention(const AttentionArgs&);
+  void gate_matmul(const GateMatmulArgs&);
+  void moe_router(const MoeRouterArgs&);
+  void moe_gate_up(const MoeGateUpArgs&);
+  void moe_down(const MoeDownArgs&);
+  void concat_matmul(const ConcatMatmulArgs&);
+
+ private:
+  friend class Buffer;
+  virtual void* do_alloc(size_t bytes, const char* what) = 0;
+  virtual void do_free(void* p, size_t bytes) = 0;
+  virtual void do_embed(const EmbedArgs&) = 0;
+  virtual void do_norm_matmul(const NormMatmulArgs&) = 0;
+  virtual void do_delta_net(const DeltaNetArgs&) = 0;
+  virtual void do_gated_norm_matmul(const GatedNormMatmulArgs&) = 0;
+  virtual void do_attention(const AttentionArgs&) = 0;
+  virtual void do_gate_matmul(const GateMatmulArgs&) = 0;
+  virtual void do_moe_router(const MoeRouterArgs&) = 0;
+  virtual void do_moe_gate_up(const MoeGateUpArgs&) = 0;
+  virtual void do_moe_down(const MoeDownArgs&) = 0;
+  virtual void do_concat_matmul(const ConcatMatmulArgs&) = 0;
+};
+
+}  // namespace qn

@@ -1,0 +1,122 @@
+#include "ggml-lite/nn/hybrid_state.h"
+
+#include <algorithm>
+
+#include "ggml-lite/base/check.h"
+#include "ggml-lite/base/hash.h"
+
+namespace qn {
+
+constexpr int64_t kRing = 4;  // convolution inputs kept: three are read, one is written
+
+static int64_t layer_floats(const StateShape& s) { return s.value_heads * s.key_dim * s.value_dim + kRing * s.conv_channels(); }
+static int64_t cache_values(const StateShape& s) { return s.kv_heads * s.context * s.head_dim; }
+static int64_t layers_of(const StateShape& s, bool attention) { return std::ranges::count(s.attention, attention); }
+
+uint64_t StateShape::recurrent_bytes() const {
+  return static_cast<uint64_t>(layers_of(*this, false) * layer_floats(*this) + tail) * sizeof(float);
+}
+uint64_t StateShape::kv_bytes() const { return static_cast<uint64_t>(layers_of(*this, true) * 2 * cache_values(*this) * item_bytes(kv_type)); }
+
+HybridState::HybridState(Device& device, const StateShape& shape, uint64_t checkpoint_bytes)
+    : device_(device), shape_(shape), keep_(std::max<uint64_t>(3, std::min<uint64_t>(64, checkpoint_bytes / shape.recurrent_bytes()))) {
+  int64_t next[2] = {0, 0};
+  for (const bool attention : shape_.attention) slots_.push_back(next[attention]++);
+  recurrent_ = device_.alloc(shape_.recurrent_bytes(), "recurrent state");
+  if (shape_.kv_bytes()) kv_ = device_.alloc(shape_.kv_bytes(), "KV cache");
+}
+
+Tensor HybridState::delta(int layer) const {
+  float* p = static_cast<float*>(recurrent_.data()) + slot(layer) * layer_floats(shape_);
+  return view(p, DType::F32, shape_.value_heads, shape_.key_dim, shape_.value_dim);
+}
+Tensor HybridState::conv_ring(int layer) const {
+  const Tensor s = delta(layer);
+  return view(s.f32(shape_.value_heads), DType::F32, kRing, shape_.conv_channels());
+}
+Tensor HybridState::k_cache(int layer) const {
+  uint8_t* p = static_cast<uint8_t*>(kv_.data()) + slot(layer) * 2 * cache_values(shape_) * item_bytes(shape_.kv_type);
+  return view(p, shape_.kv_type, shape_.kv_heads, shape_.context, shape_.head_dim);
+}
+Tensor HybridState::v_cache(int layer) const {
+  Tensor v = k_cache(layer);
+  v.data = static_cast<uint8_t*>(v.data) + cache_values(shape_) * item_bytes(shape_.kv_type);
+  return v;
+}
+float* HybridState::tail() const {
+  return static_cast<float*>(recurrent_.data()) + layers_of(shape_, false) * layer_floats(shape_);
+}
+
+void HybridState::reset() {
+  device_.zero(recurrent_.data(), recurrent_.bytes());
+  forget_after(0);
+}
+
+void HybridState::forget_after(int position) {
+  std::erase_if(checkpoints_, [&](Checkpoint& c) {
+    if (c.position <= position) return false;
+    spare_.push_back(std::move(c.memory));
+    return true;
+  });
+}
+
+void HybridState::checkpoint(int position, bool passing) {
+  forget_after(position);
+  if (passing)
+    std::erase_if(checkpoints_, [&](Checkpoint& c) {
+      if (!c.passing) return false;
+      spare_.push_back(std::move(c.memory));
+      return true;
+    });
+  if (position == 0 || (!checkpoints_.empty() && checkpoints_.back().position == position)) return;
+  if (checkpoints_.size() >= keep_) {
+    // Drop the one whose neighbours are closest together; the newest stays, whatever the gap before it.
+    size_t drop = 0;
+    for (size_t i = 0, best = SIZE_MAX; i + 1 < checkpoints_.size(); i++) {
+      const size_t gap = static_cast<size_t>(checkpoints_[i + 1].position - (i ? checkpoints_[i - 1].position : 0));
+      if (gap < best) best = gap, drop = i;
+    }
+    spare_.push_back(std::move(checkpoints_[drop].memory));
+    checkpoints_.erase(checkpoints_.begin() + static_cast<std::ptrdiff_t>(drop));
+  }
+  Buffer memory;
+  if (!spare_.empty()) memory = std::move(spare_.back()), spare_.pop_back();
+  else memory = device_.alloc(recurrent_.bytes(), "checkpoint of the recurrent state");
+  device_.copy(memory.data(), recurrent_.data(), recurrent_.bytes());
+  checkpoints_.push_back({position, passing, std::move(memory)});
+}
+
+int HybridState::restore(int position) {
+  forget_after(position);
+  if (checkpoints_.empty()) {
+    reset();
+    return 0;
+  }
+  device_.copy(recurrent_.data(), checkpoints_.back().memory.data(), recurrent_.bytes());
+  return checkpoints_.back().position;
+}
+
+std::vector<int> HybridState::checkpoints() const {
+  std::vector<int> p;
+  for (const Checkpoint& c : checkpoints_) p.push_back(c.position);
+  return p;
+}
+
+uint64_t HybridState::hash(int position) const {
+  std::vector<uint8_t> host(recurrent_.bytes());
+  device_.download(host.data(), recurrent_.data(), host.size());
+  const uint32_t recurrent = crc32c(host);
+  uint32_t kv = static_cast<uint32_t>(position);
+  for (int layer = 0; layer < static_cast<int>(shape_.attention.size()); layer++) {
+    if (!shape_.attention[static_cast<size_t>(layer)]) continue;
+    for (const Tensor& c : {k_cache(layer), v_cache(layer)})
+      for (int64_t head = 0; head < shape_.kv_heads; head++) {
+        host.resize(static_cast<size_t>(position * shape_.head_dim * item_bytes(shape_.kv_type)));
+        device_.download(host.data(), c.slice(head, 1).data, host.size());
+        kv = crc32c(host, kv);
+      }
+  }
+  return static_cast<uint64_t>(recurrent) << 32 | kv;
+}
+
+}  // namespace qn

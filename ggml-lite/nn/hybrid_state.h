@@ -1,0 +1,68 @@
+// The memory of one sequence in a model of attention and recurrent layers.
+//
+// Keys and values of attention layers can be cut at any position: what lies behind is overwritten. The recurrent part (delta rule
+// states and convolution inputs) cannot: going back needs a checkpoint, a copy taken when the sequence was there. Checkpoints hold
+// the recurrent part only; a checkpoint at position p stays true as long as the tokens before p are the same.
+#pragma once
+#include <cstdint>
+#include <vector>
+
+#include "ggml-lite/core/device.h"
+
+namespace qn {
+
+struct StateShape {
+  std::vector<bool> attention;       // per layer: attention, else recurrent
+  int key_heads = 0, value_heads = 0;
+  int64_t key_dim = 0, value_dim = 0;
+  int kv_heads = 0;
+  int64_t head_dim = 0, context = 0;
+  DType kv_type = DType::BF16;
+  int64_t tail = 0;                  // floats carried beside the layers (last hidden row, logits): saved with a checkpoint
+
+  int64_t conv_channels() const { return 2 * key_heads * key_dim + value_heads * value_dim; }
+  uint64_t recurrent_bytes() const;  // of all layers, with the tail: one checkpoint
+  uint64_t kv_bytes() const;
+};
+
+class HybridState {
+ public:
+  // checkpoint_bytes bounds the memory of checkpoints; at least three are kept.
+  HybridState(Device& device, const StateShape& shape, uint64_t checkpoint_bytes);
+
+  Tensor conv_ring(int layer) const;  // (4, CH)
+  Tensor delta(int layer) const;      // (GV, DK, DV)
+  Tensor k_cache(int layer) const;    // (HK, C, DH)
+  Tensor v_cache(int layer) const;
+  float* tail() const;                // device memory, shape().tail floats
+
+  void reset();                       // position 0
+  // Copies the recurrent part, which is that of `position` now. A passing checkpoint replaces the passing one before it.
+  void checkpoint(int position, bool passing = false);
+  // Restores the newest checkpoint at or before `position` (the start if there is none), forgets those behind it; returns where.
+  int restore(int position);
+  void forget_after(int position);    // checkpoints behind `position` are no longer true
+  std::vector<int> checkpoints() const;  // positions, rising
+
+  const StateShape& shape() const { return shape_; }
+  uint64_t hash(int position) const;
+
+ private:
+  struct Checkpoint {
+    int position;
+    bool passing;
+    Buffer memory;
+  };
+  int64_t slot(int layer) const { return slots_[static_cast<size_t>(layer)]; }
+
+  Device& device_;
+  StateShape shape_;
+  std::vector<int64_t> slots_;  // of each layer among the layers of its kind
+  size_t keep_;
+  Buffer recurrent_;            // [per recurrent layer: S (GV, DK, DV), ring (4, CH)] then the tail
+  Buffer kv_;                   // [per attention layer: K (HK, C, DH), V (HK, C, DH)]
+  std::vector<Checkpoint> checkpoints_;  // by rising position
+  std::vector<Buffer> spare_;
+};
+
+}  // namespace qn

@@ -1,0 +1,25 @@
+#include "ggml-lite/nn/sparse_moe.h"
+
+namespace qn {
+
+void sparse_moe(Device& device, const MoeWeights& w, const MoeScratch& s, const Tensor& h, float eps, Act act, Act expert_act) {
+  const int64_t t = h.rows();
+
+  MoeRouterArgs r;
+  r.h = h, r.norm = w.norm, r.eps = eps, r.router = w.router, r.shared_gate = w.shared_gate;
+  r.shared_act = act, r.shared_gate_up = w.shared_gate_up;
+  r.x = s.x.slice(0, t), r.logits = s.logits.slice(0, t), r.shared = s.shared.slice(0, t), r.shared_scale = s.shared_scale.slice(0, t);
+  device.moe_router(r);
+
+  MoeGateUpArgs up;
+  up.x = r.x, up.logits = r.logits, up.renormalise = w.renormalise, up.act = expert_act, up.experts = w.experts;
+  up.ids = s.ids.slice(0, t), up.weights = s.weights.slice(0, t), up.inner = s.inner.slice(0, t * w.chosen);
+  device.moe_gate_up(up);
+
+  MoeDownArgs down;
+  down.ids = up.ids, down.weights = up.weights, down.inner = up.inner, down.act = expert_act, down.experts = w.experts;
+  down.shared = r.shared, down.shared_scale = r.shared_scale, down.shared_act = act, down.shared_down = w.shared_down, down.h = h;
+  device.moe_down(down);
+}
+
+}  // namespace qn
