@@ -1,0 +1,29 @@
+// Which tensor is stored how (decisions 8, 9): the one table that qnext-convert and qnext-quantize share.
+#pragma once
+#include <string>
+#include <string_view>
+
+#include "ggml-lite/core/types.h"
+
+namespace qn {
+
+struct Recipe {
+  DType experts = DType::INT4;  // INT4, INT8, BF16
+  DType rest = DType::BF16;     // BF16, INT8
+  int group = 0;                // INT4 experts: 32, 64, 128; 0: the largest that divides every K
+};
+
+// What a tensor is, by its name in the .qn file.
+enum class Kind { Norm, Vector, Exact, Rest, Experts, Table };  // Exact: router, [b|a], conv, gates, fc, embedding: BF16 (or F32)
+Kind kind_of(std::string_view qn_name);            // Error: no tensor of ours has this name
+const char* kind_label(std::string_view qn_name);  // "experts", "delta qkvz", "attention out", "shared expert", "head", ...: for reports
+
+// The largest of 128, 64, 32 that divides k; throws Error when none does.
+int largest_group(int64_t k, const std::string& what);
+// Group of the routed experts, (E, D, F): r.group for INT4 (Error when it does not divide d and f), else the largest that divides
+// both; 0 for BF16.
+int expert_group(const Recipe& r, int64_t d, int64_t f);
+
+DType parse_dtype(const std::string& text, const std::string& option, bool experts);  // "int4" ...; Error names the choices
+
+}  // namespace qn
