@@ -1,5 +1,6 @@
 #include "convert/source.h"
 
+#include <algorithm>
 #include <array>
 #include <cmath>
 #include <cstring>

@@ -1,6 +1,5 @@
 // Reading a checkpoint: is everything there, and rows of it as fp32.
 #pragma once
-#include <atomic>
 #include <cstdint>
 #include <span>
 #include <string>

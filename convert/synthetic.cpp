@@ -4,15 +4,16 @@
 // Sizes of the weights. Three things are wanted: activations of normal size through 48 layers, no expert that is chosen much more
 // often than others, and tokens whose paths depend on their context.
 //   - A matrix with K columns has weights of standard deviation gain / sqrt(K): it turns an input of rms 1 into one of rms `gain`.
-//   - The embedding has rms 1. Each block adds 0.15 to 0.25 to the residual, so that after 48 layers its rms is about 2 and half of
-//     it is still the token's own: growth as in GPT-2's initialisation rather than doubling per layer.
+//   - The embedding has rms 1. Each block adds 0.1 to 0.2 to the residual, so that after 48 layers its rms is about 1.8 and a
+//     third of its power still the token's own: growth as in GPT-2's initialisation rather than doubling per layer.
 //   - Routing. With router rows of equal length and inputs in random directions, a token's 512 logits are independent normal
 //     numbers and every expert gets its share. A direction common to all tokens with a share r of the input's power shifts the
 //     logit of every expert by a constant of standard deviation sqrt(r); the threshold for 10 of 512 is 2.06, so r = 0.05 makes the
 //     busiest expert 4 times as busy as the mean, r = 0.01 twice, r = 0.005 1.7 times. Common directions come from what has a mean:
 //     silu. A silu of inputs with deviation s has the share s^2/4 of its power in its mean (12 % at s = 1, 2 % at 0.3). Hence the
 //     gain of 0.3 for q, k, v and z of the delta rule: its output is (state) * silu(z), so 2 % of it is common at the very most.
-//     An expert's silu(gate) * up has no mean, because up has none.
+//     An expert's silu(gate) * up has no mean, because up has none. Measured on 8 layers and the MTP layer with 10,000 random
+//     tokens: every expert is chosen 129 to 270 times, 195 on average; the common share of the residual is below 0.0002.
 //   - Decay: A in [1, 16], time step from 0.001 to 0.1 as in Mamba: memories from one token to a thousand.
 #include "convert/synthetic.h"
 

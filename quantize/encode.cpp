@@ -18,12 +18,12 @@ struct ScaleCandidate {
 };
 
 struct ScaleFormat {
-  float largest;  // code on the shorter side: 7 or 127
-  bool lopsided;  // the other side has one more
-  float zero;     // stored code of 0
+  float largest;                 // code on the shorter side: 7 or 127
+  bool lopsided;                 // the other side has one more
+  float zero;                    // stored code of 0
   const ScaleCandidate* coarse;  // an even number
   int coarse_count;
-  const float* fine;             // relative steps to both sides of the best coarse divisor
+  const float* fine;  // relative steps to both sides of the best coarse divisor
   int fine_count;
 };
 
@@ -39,10 +39,10 @@ struct ScaleBlock {
 // Over all fp16 scales, the squared error of groups of 32 is at most 0.2 % (INT4) and, for weights without many zeros, 1.4 %
 // (INT8) above the minimum (tests/test_quantize.cpp). Divisors 1 to 8 keep weights exact that lie on a grid already.
 constexpr ScaleCandidate kCoarse4[] = {
-    {1, false},     {2, false},    {3, false},     {4, false},     {4.5f, false},  {5, false},     {5.5f, false},  {6, false},
-    {6.4f, false},  {6.7f, false}, {7, false},     {7.35f, false}, {7.7f, false},  {7.7f, true},   {8, false},     {8, true},
-    {8.3f, false},  {8.3f, true},  {8.7f, false},  {8.7f, true},   {9.1f, false},  {9.1f, true},   {9.6f, false},  {9.6f, true},
-    {10.1f, false}, {10.1f, true}, {10.7f, false}, {10.7f, true},  {11.4f, false}, {11.4f, true},  {12.3f, false}, {12.3f, true},
+    {1, false},     {2, false},    {3, false},     {4, false},     {4.5f, false},  {5, false},    {5.5f, false},  {6, false},
+    {6.4f, false},  {6.7f, false}, {7, false},     {7.35f, false}, {7.7f, false},  {7.7f, true},  {8, false},     {8, true},
+    {8.3f, false},  {8.3f, true},  {8.7f, false},  {8.7f, true},   {9.1f, false},  {9.1f, true},  {9.6f, false},  {9.6f, true},
+    {10.1f, false}, {10.1f, true}, {10.7f, false}, {10.7f, true},  {11.4f, false}, {11.4f, true}, {12.3f, false}, {12.3f, true},
     {13.5f, false}, {13.5f, true}, {15, false},    {15, true},     {17, false},    {17, true},
 };
 constexpr float kFine4[] = {0.006f, 0.012f, 0.018f, 0.025f};
@@ -93,8 +93,8 @@ SearchBlock pick_search() {
 
 [[noreturn]] void refuse_value(DType dtype, float v, float limit, int64_t index) {
   if (!std::isfinite(v)) fail("value %lld is %g: only finite weights can be stored", static_cast<long long>(index), static_cast<double>(v));
-  fail("value %lld is %g: %s with fp16 scales reaches %g; store this tensor as bf16", static_cast<long long>(index),
-       static_cast<double>(v), name(dtype), static_cast<double>(limit));
+  fail("value %lld is %g: %s with fp16 scales reaches %g; store this tensor as bf16", static_cast<long long>(index), static_cast<double>(v),
+       name(dtype), static_cast<double>(limit));
 }
 
 void check_values(DType dtype, const float* x, int64_t n, float limit) {
@@ -109,8 +109,8 @@ class PanelEncoder {
  public:
   PanelEncoder(DType dtype, int64_t k, int group, ScaleSearch search)
       : dtype_(dtype), k_(k), kp_(round_up(k, kPadK)), search_(search), format_(dtype == DType::INT4 ? kFormat4 : kFormat8) {
-    QN_CHECK(is_t16(dtype) && (group == 32 || group == 64 || group == 128) && k > 0 && k % group == 0, "encode: %s (.., %lld) in groups of %d",
-             name(dtype), static_cast<long long>(k), group);
+    QN_CHECK(is_t16(dtype) && (group == 32 || group == 64 || group == 128) && k > 0 && k % group == 0,
+             "encode: %s (.., %lld) in groups of %d", name(dtype), static_cast<long long>(k), group);
     block_.group = group;
     codes_.resize(static_cast<size_t>(kPanelRows * kp_), static_cast<uint8_t>(code_zero(dtype)));
     scales_.resize(static_cast<size_t>(kp_ / group * kPanelRows));
@@ -188,9 +188,10 @@ void QuantError::add(const QuantError& o) {
 double QuantError::relative() const { return reference > 0 ? std::sqrt(squared / reference) : 0; }
 double QuantError::relative_max() const { return reference > 0 ? std::sqrt(squared_max / reference) : 0; }
 
-void encode_rows(DType dtype, int64_t n, int64_t k, int group, const float* rows, ScaleSearch search, std::span<uint8_t> out, QuantError* error) {
-  QN_CHECK(n > 0 && k > 0 && static_cast<int64_t>(out.size()) == weight_bytes(dtype, n, k, group), "encode_rows: %s (%lld, %lld) into %zu bytes",
-           name(dtype), static_cast<long long>(n), static_cast<long long>(k), out.size());
+void encode_rows(DType dtype, int64_t n, int64_t k, int group, const float* rows, ScaleSearch search, std::span<uint8_t> out,
+                 QuantError* error) {
+  QN_CHECK(n > 0 && k > 0 && static_cast<int64_t>(out.size()) == weight_bytes(dtype, n, k, group),
+           "encode_rows: %s (%lld, %lld) into %zu bytes", name(dtype), static_cast<long long>(n), static_cast<long long>(k), out.size());
   if (!is_t16(dtype)) return encode_plain(dtype, n * k, rows, out.data(), error);
   PanelEncoder encoder(dtype, k, group, search);
   for (int64_t p = 0; p < t16_panels(n); p++) {
@@ -203,7 +204,8 @@ void encode_rows(DType dtype, int64_t n, int64_t k, int group, const float* rows
 void encode_gate_up(DType dtype, int64_t d, int64_t f, int group, const float* gate, const float* up, ScaleSearch search,
                     std::span<uint8_t> out, QuantError* error) {
   QN_CHECK(d > 0 && f > 0 && (!is_t16(dtype) || f % 8 == 0) && static_cast<int64_t>(out.size()) == weight_bytes(dtype, 2 * f, d, group),
-           "encode_gate_up: %s, F %lld, D %lld into %zu bytes", name(dtype), static_cast<long long>(f), static_cast<long long>(d), out.size());
+           "encode_gate_up: %s, F %lld, D %lld into %zu bytes", name(dtype), static_cast<long long>(f), static_cast<long long>(d),
+           out.size());
   if (!is_t16(dtype)) {
     encode_plain(dtype, f * d, gate, out.data(), error);
     return encode_plain(dtype, f * d, up, out.data() + out.size() / 2, error);
@@ -216,11 +218,14 @@ void encode_gate_up(DType dtype, int64_t d, int64_t f, int group, const float* g
   }
 }
 
-void encode_expert(DType dtype, int64_t d, int64_t f, int group, const float* gate, const float* up, const float* down,
-                   ScaleSearch search, std::span<uint8_t> record, QuantError* error) {
+void encode_expert(DType dtype, int64_t d, int64_t f, int group, const float* gate, const float* up, const float* down, ScaleSearch search,
+                   std::span<uint8_t> record, QuantError* error) {
   const ExpertLayout l = expert_layout(dtype, d, f, group);
-  QN_CHECK(static_cast<int64_t>(record.size()) == l.stride, "encode_expert: record of %lld bytes, got %zu", static_cast<long long>(l.stride), record.size());
-  const auto part = [&](int64_t begin, int64_t end) { return record.subspan(static_cast<size_t>(begin), static_cast<size_t>(end - begin)); };
+  QN_CHECK(static_cast<int64_t>(record.size()) == l.stride, "encode_expert: record of %lld bytes, got %zu",
+           static_cast<long long>(l.stride), record.size());
+  const auto part = [&](int64_t begin, int64_t end) {
+    return record.subspan(static_cast<size_t>(begin), static_cast<size_t>(end - begin));
+  };
   encode_gate_up(dtype, d, f, group, gate, up, search, part(0, l.down_offset), error);
   encode_rows(dtype, d, f, group, down, search, part(l.down_offset, l.bytes), error);
   std::fill(record.begin() + l.bytes, record.end(), uint8_t{0});

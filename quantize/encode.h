@@ -29,7 +29,8 @@ struct QuantError {
 
 // Rows (n, k) fp32 row-major in stored order (already interleaved) -> bytes of weight_bytes(dtype, n, k, group).
 // n need be a multiple of 16 only for parts of a larger matrix; the last panel is padded. Row-major dtypes round to nearest even.
-void encode_rows(DType dtype, int64_t n, int64_t k, int group, const float* rows, ScaleSearch search, std::span<uint8_t> out, QuantError* error);
+void encode_rows(DType dtype, int64_t n, int64_t k, int group, const float* rows, ScaleSearch search, std::span<uint8_t> out,
+                 QuantError* error);
 
 // The two factors of a SwiGLU as one matrix (2F, D): gate (F, D), up (F, D) -> weight_bytes(dtype, 2F, D, group) bytes.
 // T16: interleaved by 8 (core/blocks.h), F a multiple of 8; row-major: gate rows, then up rows.
@@ -37,8 +38,8 @@ void encode_gate_up(DType dtype, int64_t d, int64_t f, int group, const float* g
                     std::span<uint8_t> out, QuantError* error);
 
 // One routed expert: gate (F, D), up (F, D), down (D, F) -> record of expert_layout(dtype, d, f, group).stride bytes, padding zeroed.
-void encode_expert(DType dtype, int64_t d, int64_t f, int group, const float* gate, const float* up, const float* down,
-                   ScaleSearch search, std::span<uint8_t> record, QuantError* error);
+void encode_expert(DType dtype, int64_t d, int64_t f, int group, const float* gate, const float* up, const float* down, ScaleSearch search,
+                   std::span<uint8_t> record, QuantError* error);
 
 // The inverse of encode_expert, for stored experts of any format. record: at least expert_layout().bytes.
 void decode_expert(DType dtype, int64_t d, int64_t f, int group, const uint8_t* record, float* gate, float* up, float* down);

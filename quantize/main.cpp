@@ -23,7 +23,8 @@ void stop(int signal) {
 std::string percent(double v) { return qn::format("%.3f %%", 100 * v); }
 
 void print_report(const qn::RequantizeReport& report) {
-  std::printf("%-16s %-23s %7s %14s %10s %10s %10s  %10s\n", "kind", "format", "tensors", "weights", "rms error", "by maximum", "before", "after");
+  std::printf("%-16s %-23s %7s %14s %10s %10s %10s  %10s\n", "kind", "format", "tensors", "weights", "rms error", "by maximum", "before",
+              "after");
   qn::RequantizeRow all;
   for (const qn::RequantizeRow& r : report.rows) {
     const std::string formats = r.before == r.after ? r.before : r.before + " -> " + r.after;
@@ -47,9 +48,11 @@ int main(int argc, char** argv) {
   qn::RequantizeOptions options;
   app.add_option("input", in, "model.qn to read, best with bf16 weights")->required();
   app.add_option("output", out, "file to write; appears when complete")->required();
-  app.add_option("--experts", experts, "format of the routed experts; int4 when neither --experts nor --rest is given, else as in the input")
+  app.add_option("--experts", experts,
+                 "format of the routed experts; int4 when neither --experts nor --rest is given, else as in the input")
       ->check(CLI::IsMember({"int4", "int8", "bf16"}));
-  app.add_option("--rest", rest, "format of the other projections and the head; else as in the input")->check(CLI::IsMember({"bf16", "int8"}));
+  app.add_option("--rest", rest, "format of the other projections and the head; else as in the input")
+      ->check(CLI::IsMember({"bf16", "int8"}));
   app.add_option("--group", options.group, "weights per scale of int4 experts; else the largest that divides their widths")
       ->check(CLI::IsMember({32, 64, 128}));
   app.add_option("--scale", scale, "search: scales of least squared error; max: from the largest weight of a group")

@@ -14,14 +14,10 @@ struct Entry {
 };
 
 constexpr Entry kModel[] = {
-    {"tokenizer", Kind::Table, "tokenizer"},
-    {"embed", Kind::Exact, "embedding"},
-    {"norm", Kind::Norm, "norms"},
-    {"head", Kind::Rest, "head"},
-    {"mtp.norm_embed", Kind::Norm, "norms"},
-    {"mtp.norm_hidden", Kind::Norm, "norms"},
-    {"mtp.norm", Kind::Norm, "norms"},
-    {"mtp.fc", Kind::Exact, "mtp entry"},
+    {"tokenizer", Kind::Table, "tokenizer"}, {"embed", Kind::Exact, "embedding"},
+    {"norm", Kind::Norm, "norms"},           {"head", Kind::Rest, "head"},
+    {"mtp.norm_embed", Kind::Norm, "norms"}, {"mtp.norm_hidden", Kind::Norm, "norms"},
+    {"mtp.norm", Kind::Norm, "norms"},       {"mtp.fc", Kind::Exact, "mtp entry"},
 };
 
 // After "layers.N." or "mtp.layer.".

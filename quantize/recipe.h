@@ -15,7 +15,7 @@ struct Recipe {
 
 // What a tensor is, by its name in the .qn file.
 enum class Kind { Norm, Vector, Exact, Rest, Experts, Table };  // Exact: router, [b|a], conv, gates, fc, embedding: BF16 (or F32)
-Kind kind_of(std::string_view qn_name);            // Error: no tensor of ours has this name
+Kind kind_of(std::string_view qn_name);                         // Error: no tensor of ours has this name
 const char* kind_label(std::string_view qn_name);  // "experts", "delta qkvz", "attention out", "shared expert", "head", ...: for reports
 
 // The largest of 128, 64, 32 that divides k; throws Error when none does.

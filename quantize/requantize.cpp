@@ -14,8 +14,8 @@
 namespace qn {
 namespace {
 
-constexpr uint64_t kChunk = uint64_t{4} << 20;     // bytes read at once
-constexpr uint64_t kMemory = uint64_t{1} << 30;    // for all threads together
+constexpr uint64_t kChunk = uint64_t{4} << 20;   // bytes read at once
+constexpr uint64_t kMemory = uint64_t{1} << 30;  // for all threads together
 
 struct Job {
   QnTensor from, to;
@@ -40,7 +40,12 @@ uint64_t weights_of(const QnTensor& t) {
 class Requantizer {
  public:
   Requantizer(const std::string& in, const std::string& out, const RequantizeOptions& options, const Progress& progress)
-      : options_(options), progress_(progress), source_(QnFile::open(in)), file_(File::open_read(in)), threads_(options.threads), out_path_(out) {}
+      : options_(options),
+        progress_(progress),
+        source_(QnFile::open(in)),
+        file_(File::open_read(in)),
+        threads_(options.threads),
+        out_path_(out) {}
 
   RequantizeReport run() {
     plan();
@@ -50,16 +55,20 @@ class Requantizer {
     for (Job& j : jobs_) j.index = writer.declare(j.to, j.to.experts);
     writer.layout();
     if (const uint64_t free = free_disk(out_path_); free < writer.total_bytes())
-      fail("%s: needs %s, the file system has %s free", out_path_.c_str(), human_bytes(writer.total_bytes()).c_str(), human_bytes(free).c_str());
+      fail("%s: needs %s, the file system has %s free", out_path_.c_str(), human_bytes(writer.total_bytes()).c_str(),
+           human_bytes(free).c_str());
     for (Job& j : jobs_) {
       j.to = writer.tensor(j.index);
       total_ += j.from.bytes;
     }
     for (Job& j : jobs_) {
       try {
-        if (j.to.experts) run_experts(writer, j);
-        else if (j.copy) copy_dense(writer, j);
-        else encode_dense(writer, j);
+        if (j.to.experts)
+          run_experts(writer, j);
+        else if (j.copy)
+          copy_dense(writer, j);
+        else
+          encode_dense(writer, j);
       } catch (const Error& e) {
         fail("%s: tensor %s: %s", source_.path().c_str(), j.from.name.c_str(), e.what());
       }
@@ -130,7 +139,8 @@ void Requantizer::plan() {
       if (t.experts != (kind == Kind::Experts)) fail("tensor %s: expected %s", t.name.c_str(), t.experts ? "a dense tensor" : "experts");
       if (kind == Kind::Experts) plan_experts(j);
       if (kind == Kind::Rest && options_.rest && *options_.rest != t.dtype) {
-        if (t.shape.size() != 2 || !is_weight(t.dtype)) fail("tensor %s: expected a matrix of weights, got %s", t.name.c_str(), name(t.dtype));
+        if (t.shape.size() != 2 || !is_weight(t.dtype))
+          fail("tensor %s: expected a matrix of weights, got %s", t.name.c_str(), name(t.dtype));
         if (bits(*options_.rest) > bits(t.dtype)) refuse_more_bits(t, *options_.rest, "--rest");
         j.copy = false;
         j.to.dtype = *options_.rest;
@@ -261,7 +271,8 @@ void Requantizer::run_experts(QnWriter& writer, Job& j) {
   const uint64_t out_stride = j.copy ? 0 : static_cast<uint64_t>(expert_layout(to.dtype, d, f, to.group).stride);
   const uint64_t matrix = j.copy ? 0 : static_cast<uint64_t>(d * f);
   const uint64_t worker_bytes = in_stride + out_stride + matrix * 12;
-  if (worker_bytes > kMemory) fail("experts of widths %lld and %lld are too large for this program", static_cast<long long>(d), static_cast<long long>(f));
+  if (worker_bytes > kMemory)
+    fail("experts of widths %lld and %lld are too large for this program", static_cast<long long>(d), static_cast<long long>(f));
   if (!j.copy && is_t16(to.dtype) && f % 8) fail("expected an expert width that is a multiple of 8, got %lld", static_cast<long long>(f));
   const int workers = static_cast<int>(std::min<uint64_t>(kMemory / worker_bytes, static_cast<uint64_t>(threads_.size())));
   std::vector<QuantError> errors(static_cast<size_t>(threads_.size()));

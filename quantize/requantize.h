@@ -14,8 +14,8 @@ struct RequantizeOptions {
   std::optional<DType> experts, rest;  // not given: as in the input
   int group = 0;                       // of INT4 experts; 0: as in the input if that is INT4, else the largest that divides
   ScaleSearch search = ScaleSearch::LeastSquares;
-  int threads = 0;                     // 0: all
-  bool allow_requantize = false;       // INT4 experts may be decoded and stored in another group
+  int threads = 0;                // 0: all
+  bool allow_requantize = false;  // INT4 experts may be decoded and stored in another group
 };
 
 // All tensors of one kind that went from one format to another.
@@ -28,7 +28,7 @@ struct RequantizeRow {
 
 struct RequantizeReport {
   std::vector<RequantizeRow> rows;
-  std::vector<std::string> notes;  // for the user's eyes, one line each
+  std::vector<std::string> notes;              // for the user's eyes, one line each
   uint64_t bytes_before = 0, bytes_after = 0;  // of the files
 };
 

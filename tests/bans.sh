@@ -22,7 +22,7 @@ function hit(line, r,   rest, at, next_char) {
   while (match(rest, pat[r])) {
     at = RSTART + RLENGTH; next_char = substr(rest, at, 1)
     if (substr(rest, at - 1, 1) !~ /[A-Za-z0-9_]/ || next_char !~ /[A-Za-z0-9_]/) return 1
-    rest = substr(rest, RSTART + 1)
+    rest = (substr(rest, RSTART, 1) ~ /[A-Za-z0-9_]/ ? "_" : " ") substr(rest, RSTART + 1)  # "^" must not match inside a word
   }
   return 0
 }

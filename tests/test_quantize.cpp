@@ -84,7 +84,8 @@ double brute_force(const float* x, int n, DType dtype) {
   double best = error_of(x, n, 0, lo, hi);
   const float smallest = m / static_cast<float>(hi) * 0.35f;
   const float largest = std::max(0x1p-24f, m * 1.01f / (dtype == DType::INT4 ? 1.0f : 100.0f));
-  for (int h = std::max(1, static_cast<int>(float_to_half(smallest))); h < 0x7c00 && half_to_float(static_cast<uint16_t>(h)) <= largest; h++)
+  for (int h = std::max(1, static_cast<int>(float_to_half(smallest))); h < 0x7c00 && half_to_float(static_cast<uint16_t>(h)) <= largest;
+       h++)
     for (const double sign : {1.0, -1.0}) {
       if (sign < 0 && dtype == DType::INT8) continue;  // the same codes
       best = std::min(best, error_of(x, n, sign * static_cast<double>(half_to_float(static_cast<uint16_t>(h))), lo, hi));
@@ -97,15 +98,24 @@ constexpr int kShapes = 9;
 float draw(Noise& noise, int shape, int i) {
   const float z = noise.bell();
   switch (shape) {
-    case 0: return round_bf16(0.02f * z);
-    case 1: return 0.02f * std::copysign(std::log(1.0001f - noise.uniform()), z);                    // Laplace
-    case 2: return 0.01f * z / std::sqrt(0.05f + noise.uniform());                                   // long tails
-    case 3: return noise.uniform() - 0.5f;
-    case 4: return i % 32 == 7 ? 10.0f * z : 0.01f * z;                                              // one outlier
-    case 5: return std::fabs(z);                                                                     // one sign
-    case 6: return noise.bits() % 4 ? 0.0f : z;                                                      // mostly zero
-    case 7: return std::ldexp(z, -static_cast<int>(noise.bits() % 40));                              // over 40 octaves
-    default: return z * 4e-8f;                                                                       // about the least fp16
+    case 0:
+      return round_bf16(0.02f * z);
+    case 1:
+      return 0.02f * std::copysign(std::log(1.0001f - noise.uniform()), z);  // Laplace
+    case 2:
+      return 0.01f * z / std::sqrt(0.05f + noise.uniform());  // long tails
+    case 3:
+      return noise.uniform() - 0.5f;
+    case 4:
+      return i % 32 == 7 ? 10.0f * z : 0.01f * z;  // one outlier
+    case 5:
+      return std::fabs(z);  // one sign
+    case 6:
+      return noise.bits() % 4 ? 0.0f : z;  // mostly zero
+    case 7:
+      return std::ldexp(z, -static_cast<int>(noise.bits() % 40));  // over 40 octaves
+    default:
+      return z * 4e-8f;  // about the least fp16
   }
 }
 
@@ -133,10 +143,12 @@ TEST_CASE("encode: least squares is near the best of all fp16 scales, and never 
         CHECK(e <= e_max);
         CHECK(e >= brute * 0.999999);
         CAPTURE(shape);
-        CHECK(e <= brute * (dtype == DType::INT4 ? 1.15 : 2) + 1e-7 * squared(&x[r * k], nothing.data(), k));  // a row may miss a lucky scale
+        CHECK(e <=
+              brute * (dtype == DType::INT4 ? 1.15 : 2) + 1e-7 * squared(&x[r * k], nothing.data(), k));  // a row may miss a lucky scale
         sum += e, sum_brute += brute, sum_plain += e_max;
       }
-      INFO(std::string(name(dtype)) << " shape " << shape << ": search " << sum / sum_brute << ", maximum " << sum_plain / sum_brute << " of brute force");
+      INFO(std::string(name(dtype)) << " shape " << shape << ": search " << sum / sum_brute << ", maximum " << sum_plain / sum_brute
+                                    << " of brute force");
       CHECK(sum <= sum_brute * (dtype == DType::INT4 ? 1.003 : 1.04));
       if (dtype == DType::INT4 && shape < 4) CHECK(sum < 0.97 * sum_plain);
     }
@@ -282,7 +294,8 @@ TEST_CASE("encode: zeros, the smallest and the largest weights") {
       }
     }
   std::vector<uint8_t> out(2);
-  for (const float bad : {3.4e38f, INFINITY, std::nanf("")}) CHECK_THROWS_AS(encode_rows(DType::BF16, 1, 1, 0, &bad, ScaleSearch::Max, out, nullptr), Error);
+  for (const float bad : {3.4e38f, INFINITY, std::nanf("")})
+    CHECK_THROWS_AS(encode_rows(DType::BF16, 1, 1, 0, &bad, ScaleSearch::Max, out, nullptr), Error);
   const float good = 3.38e38f;
   encode_rows(DType::BF16, 1, 1, 0, &good, ScaleSearch::Max, out, nullptr);
 
@@ -308,7 +321,9 @@ TEST_CASE("encode: gate and up interleaved, experts there and back") {
     CHECK(std::all_of(record.begin() + l.bytes, record.end(), [](uint8_t b) { return b == 0; }));
 
     // Each row as it comes out when encoded alone.
-    const auto alone = [&](const Floats& m, int64_t r, int64_t k) { return encode(dtype, 1, k, group, Floats(&m[r * k], &m[r * k] + k), ScaleSearch::LeastSquares).decoded(); };
+    const auto alone = [&](const Floats& m, int64_t r, int64_t k) {
+      return encode(dtype, 1, k, group, Floats(&m[r * k], &m[r * k] + k), ScaleSearch::LeastSquares).decoded();
+    };
     const Experts e = {record.data(), dtype, static_cast<uint16_t>(group), 1, d, f};
     Floats row(static_cast<size_t>(d)), narrow(static_cast<size_t>(f));
     for (int64_t r = 0; r < f; r++) {
@@ -342,7 +357,8 @@ TEST_CASE("encode: the search beats the maximum on every kind of tensor of a tra
     const size_t cut = name.rfind('.', name.rfind('.') - 1);
     for (const DType dtype : {DType::INT4, DType::INT8})
       for (const int group : {32, 64})
-        kinds[name.substr(cut + 1)][format("%s g%d", qn::name(dtype), group)].add(encode(dtype, t.shape[0], t.shape[1], group, x, ScaleSearch::LeastSquares).error);
+        kinds[name.substr(cut + 1)][format("%s g%d", qn::name(dtype), group)].add(
+            encode(dtype, t.shape[0], t.shape[1], group, x, ScaleSearch::LeastSquares).error);
   }
   CHECK(kinds.size() >= 12);
   for (const auto& [kind, formats] : kinds)
@@ -364,7 +380,8 @@ TEST_CASE("recipe") {
   CHECK(kind_of("layers.0.delta.neg_a") == Kind::Vector);
   CHECK(kind_of("layers.0.moe.shared_gate") == Kind::Exact);
   CHECK(kind_of("layers.0.moe.shared_gate_up") == Kind::Rest);
-  for (const char* bad : {"", "layers", "layers.", "layers.0", "layers.0.", "layers..norm1", "layers.x.norm1", "layers.0.head", "norm1", "mtp.layer.0.norm1"})
+  for (const char* bad :
+       {"", "layers", "layers.", "layers.0", "layers.0.", "layers..norm1", "layers.x.norm1", "layers.0.head", "norm1", "mtp.layer.0.norm1"})
     CHECK_THROWS_AS(kind_of(bad), Error);
   CHECK(largest_group(2048, "x") == 128);
   CHECK(largest_group(64, "x") == 64);
@@ -495,12 +512,15 @@ TEST_CASE("requantize: every tensor as the encoders make it, the rest as it was"
       const size_t stride = expected.size() / kE;
       for (int64_t e = 0; e < kE; e++) {
         const float* m = &x[e * 3 * kD * kF];
-        encode_expert(b.dtype, kD, kF, 32, m, m + kD * kF, m + 2 * kD * kF, o.search, std::span(expected).subspan(e * stride, stride), nullptr);
+        encode_expert(b.dtype, kD, kF, 32, m, m + kD * kF, m + 2 * kD * kF, o.search, std::span(expected).subspan(e * stride, stride),
+                      nullptr);
       }
     } else {
       CHECK((b.dtype == DType::INT8 && b.group == largest_group(a.shape[1], "")));
-      if (a.name == "layers.0.moe.shared_gate_up") encode_gate_up(b.dtype, kD, kFs, 64, x.data(), &x[kFs * kD], o.search, expected, nullptr);
-      else encode_rows(b.dtype, a.shape[0], a.shape[1], b.group, x.data(), o.search, expected, nullptr);
+      if (a.name == "layers.0.moe.shared_gate_up")
+        encode_gate_up(b.dtype, kD, kFs, 64, x.data(), &x[kFs * kD], o.search, expected, nullptr);
+      else
+        encode_rows(b.dtype, a.shape[0], a.shape[1], b.group, x.data(), o.search, expected, nullptr);
     }
     CHECK(got == expected);
   }
@@ -594,7 +614,8 @@ TEST_CASE("requantize: a tied head, damage, and what is no model") {
   RequantizeOptions o;
   o.rest = DType::INT8, o.threads = 2;
   const RequantizeReport report = requantize(dir / "in.qn", out, o);
-  CHECK(std::any_of(report.rows.begin(), report.rows.end(), [](const RequantizeRow& r) { return r.label == "head" && r.bytes_before == 0; }));
+  CHECK(
+      std::any_of(report.rows.begin(), report.rows.end(), [](const RequantizeRow& r) { return r.label == "head" && r.bytes_before == 0; }));
   {
     const QnFile f = QnFile::open(out);
     f.verify(1);

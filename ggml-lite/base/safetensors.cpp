@@ -11,15 +11,18 @@
 namespace qn {
 namespace {
 
-constexpr uint64_t kMaxHeader = 100'000'000;    // as the format's own library
+constexpr uint64_t kMaxHeader = 100'000'000;  // as the format's own library
 constexpr uint64_t kMaxIndex = 256'000'000;
-constexpr int64_t kMaxValues = 4'000'000;       // of a parsed header; a tensor has about eight
+constexpr int64_t kMaxValues = 4'000'000;  // of a parsed header; a tensor has about eight
 constexpr size_t kMaxDims = 16, kMaxFiles = 10'000;
 
 uint64_t dtype_bytes(const std::string& dtype) {  // 0: unknown
-  static constexpr struct { const char* name; uint64_t bytes; } kinds[] = {
-      {"BOOL", 1}, {"U8", 1},  {"I8", 1},  {"F8_E4M3", 1}, {"F8_E5M2", 1}, {"F8_E8M0", 1}, {"U16", 2}, {"I16", 2},
-      {"F16", 2},  {"BF16", 2}, {"U32", 4}, {"I32", 4},    {"F32", 4},     {"U64", 8},     {"I64", 8}, {"F64", 8},
+  static constexpr struct {
+    const char* name;
+    uint64_t bytes;
+  } kinds[] = {
+      {"BOOL", 1}, {"U8", 1},   {"I8", 1},  {"F8_E4M3", 1}, {"F8_E5M2", 1}, {"F8_E8M0", 1}, {"U16", 2}, {"I16", 2},
+      {"F16", 2},  {"BF16", 2}, {"U32", 4}, {"I32", 4},     {"F32", 4},     {"U64", 8},     {"I64", 8}, {"F64", 8},
   };
   for (const auto& k : kinds)
     if (dtype == k.name) return k.bytes;
@@ -29,7 +32,8 @@ uint64_t dtype_bytes(const std::string& dtype) {  // 0: unknown
 // The text of one header or index becomes a tree some fifty times its size in the worst case ("[0,0,0,..."): refuse that first.
 Json parse_bounded(std::string_view text, const std::string& where) {
   const int64_t values = std::count_if(text.begin(), text.end(), [](char c) { return c == ',' || c == '[' || c == '{'; });
-  if (values > kMaxValues) fail("%s: header has more than %lld values: not a checkpoint", where.c_str(), static_cast<long long>(kMaxValues));
+  if (values > kMaxValues)
+    fail("%s: header has more than %lld values: not a checkpoint", where.c_str(), static_cast<long long>(kMaxValues));
   Json j = Json::parse(text, where);
   if (!j.is_object()) fail("%s: expected a JSON object at the top", where.c_str());
   return j;
@@ -45,8 +49,7 @@ SafeTensor parse_tensor(const Json& j, const std::string& what, uint64_t data_by
   const uint64_t item = dtype_bytes(t.dtype);
   if (item == 0) fail("%s: unknown dtype \"%s\"", what.c_str(), t.dtype.c_str());
 
-  if (!shape->is_array() || shape->items().size() > kMaxDims)
-    fail("%s: shape must be a list of at most %zu sizes", what.c_str(), kMaxDims);
+  if (!shape->is_array() || shape->items().size() > kMaxDims) fail("%s: shape must be a list of at most %zu sizes", what.c_str(), kMaxDims);
   uint64_t bytes = item;
   for (const Json& size : shape->items()) {
     if (!size.is_integer()) fail("%s: shape must be a list of whole numbers", what.c_str());
@@ -78,8 +81,9 @@ void check_coverage(std::vector<std::pair<std::string, SafeTensor>>& found, cons
   uint64_t at = 0;
   for (const auto& [name, t] : found) {
     if (t.offset != at)
-      fail("%s: tensor %s starts at data byte %llu, expected %llu: %s", path.c_str(), name.c_str(), static_cast<unsigned long long>(t.offset),
-           static_cast<unsigned long long>(at), t.offset < at ? "tensors overlap" : "bytes that belong to no tensor");
+      fail("%s: tensor %s starts at data byte %llu, expected %llu: %s", path.c_str(), name.c_str(),
+           static_cast<unsigned long long>(t.offset), static_cast<unsigned long long>(at),
+           t.offset < at ? "tensors overlap" : "bytes that belong to no tensor");
     at += t.bytes;
   }
   if (at != data_bytes)
@@ -178,10 +182,12 @@ SafeTensors SafeTensors::open_folder(const std::string& folder) {
     const SafeTensor* t = s.find(name);
     if (!t) fail("%s: tensor %s is not in %s", index.c_str(), name.c_str(), shard.c_str());
     if (names[static_cast<size_t>(t->file)] != shard)
-      fail("%s: tensor %s should be in %s but is in %s", index.c_str(), name.c_str(), shard.c_str(), names[static_cast<size_t>(t->file)].c_str());
+      fail("%s: tensor %s should be in %s but is in %s", index.c_str(), name.c_str(), shard.c_str(),
+           names[static_cast<size_t>(t->file)].c_str());
   }
   for (const auto& [name, t] : s.tensors_)
-    if (!shard_of.count(name)) fail("%s: does not list tensor %s of %s", index.c_str(), name.c_str(), names[static_cast<size_t>(t.file)].c_str());
+    if (!shard_of.count(name))
+      fail("%s: does not list tensor %s of %s", index.c_str(), name.c_str(), names[static_cast<size_t>(t.file)].c_str());
   return s;
 }
 

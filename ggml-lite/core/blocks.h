@@ -19,7 +19,7 @@
 //
 // Why so: lane 4g+t of a warp loads its 16 bytes at 16*lane (512 contiguous bytes a warp), and the same 16 bytes are the A
 // fragments of mma.m16n8k16 (four k-steps of INT4) and of mma.m16n8k32.s8; an AVX-512 register is one line, whose nibbles
-// are u8 operands of vpdpbusd; AVX2 takes half a line. No repacking anywhere. tests/test_blocks.cpp proves each consumer.
+// are u8 operands of vpdpbusd; AVX2 takes half a line. No repacking anywhere. tests/test_codec.cpp proves each consumer.
 //
 // Gate and up projections of SwiGLU that are computed together, (2F, D), are interleaved by 8: panel p holds gate rows
 // 8p..8p+7 as its rows 0..7 and up rows 8p..8p+7 as its rows 8..15, so that one lane ends with both factors of a product.

@@ -1,0 +1,170 @@
+#include "ggml-lite/cpu/cpu.h"
+
+#include <chrono>
+#include <cstring>
+#include <utility>
+#include <vector>
+
+#include "ggml-lite/base/term.h"
+#include "ggml-lite/cpu/cpu_device.h"
+
+namespace qn {
+namespace {
+
+const cpu::Kernels* kernels_of(Isa isa) {
+#if defined(__x86_64__)
+  // Also false where the operating system does not save the wide registers.
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+  const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
+                      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512bf16");
+#else
+  const bool avx2 = false, avx512 = false;
+#endif
+  switch (isa) {
+    case Isa::Scalar: return cpu::scalar_kernels();
+    case Isa::Avx2: return avx2 ? cpu::avx2_kernels() : nullptr;
+    case Isa::Avx512: return avx512 ? cpu::avx512_kernels() : nullptr;
+    case Isa::Auto: break;
+  }
+  for (Isa best : {Isa::Avx512, Isa::Avx2})
+    if (const cpu::Kernels* k = kernels_of(best)) return k;
+  return cpu::scalar_kernels();
+}
+
+}  // namespace
+
+bool isa_available(Isa isa) { return kernels_of(isa) != nullptr; }
+
+std::unique_ptr<Device> make_cpu_device(int threads, Isa isa) {
+  const cpu::Kernels* kernels = kernels_of(isa);
+  if (!kernels) fail("cpu: this machine lacks %s; try a lower instruction set", isa == Isa::Avx512 ? "AVX-512 with VNNI and BF16" : "AVX2 with FMA and F16C");
+  return std::make_unique<cpu::CpuDevice>(threads, *kernels);
+}
+
+double cpu_read_bandwidth(int threads) {
+  const cpu::Kernels* kernels = kernels_of(Isa::Auto);
+  const uint64_t most = uint64_t{1} << 30, least = uint64_t{64} << 20;
+  const int64_t bytes = static_cast<int64_t>(std::clamp(available_ram() / 4, least, most)) / 4096 * 4096;
+  Arena arena(bytes);
+  Threads pool(threads);
+  auto part = [&](int t) {
+    const Range r = share(bytes / 4096, t, pool.size());
+    return Range{r.begin * 4096, r.end * 4096};
+  };
+  pool.run([&](int t) { std::memset(arena.data() + part(t).begin, t + 1, part(t).end - part(t).begin); });
+  double best = 0;
+  std::vector<uint64_t> sums(pool.size() * 8);
+  for (int run = 0; run < 4; run++) {
+    const auto start = std::chrono::steady_clock::now();
+    pool.run([&](int t) { sums[t * 8] += kernels->read(arena.data() + part(t).begin, part(t).end - part(t).begin); });
+    best = std::max(best, static_cast<double>(bytes) / std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count());
+  }
+  return best;
+}
+
+namespace cpu {
+
+void CpuDevice::upload(void* to, const void* from, size_t n) { std::memcpy(to, from, n); }
+void CpuDevice::download(void* to, const void* from, size_t n) { std::memcpy(to, from, n); }
+void CpuDevice::copy(void* to, const void* from, size_t n) { std::memmove(to, from, n); }
+void CpuDevice::zero(void* to, size_t n) { std::memset(to, 0, n); }
+
+void* CpuDevice::do_alloc(size_t bytes, const char* what) {
+  if (bytes > (size_t{64} << 20) && bytes > available_ram())
+    fail("cpu: %s needs %s, but only %s of memory are free; try a shorter context", what, human_gib(bytes).c_str(), human_gib(available_ram()).c_str());
+  Arena a(std::max<size_t>(bytes, 64));
+  void* p = a.data();
+  arenas_.emplace(p, std::move(a));
+  return p;
+}
+
+void CpuDevice::do_free(void* p, size_t) { arenas_.erase(p); }
+
+// ---- scratch
+
+void CpuDevice::reserve(const OpLimits& l) {
+  OpLimits& m = limits_;
+  m.tokens = std::max({m.tokens, l.tokens, 1});
+  m.width = std::max(m.width, l.width);
+  m.experts = std::max(m.experts, l.experts), m.chosen = std::max({m.chosen, l.chosen, 1});
+  m.expert_width = std::max(m.expert_width, l.expert_width), m.model_width = std::max(m.model_width, l.model_width);
+  m.heads = std::max(m.heads, l.heads), m.context = std::max(m.context, l.context);
+  m.value_heads = std::max(m.value_heads, l.value_heads), m.key_heads = std::max(m.key_heads, l.key_heads);
+  m.key_dim = std::max(m.key_dim, l.key_dim), m.value_dim = std::max(m.value_dim, l.value_dim);
+
+  const int64_t width = std::max({m.width, m.model_width, m.expert_width});
+  // Matrix products: fp32 and prepared rows of every token. The last step of the experts: a row per choice and the shared one.
+  rows_size_ = m.tokens * std::max(4 * round_up(width, 64) + largest_prepared_row(width),
+                                   m.chosen * largest_prepared_row(m.expert_width) + largest_prepared_row(width)) + 256;
+  pointers_size_ = m.tokens * (2 + 2 * int64_t{m.chosen});
+  local_floats_ = round_up(3 * width + m.heads * (2 * kPartExtra + kKeys) + 16 * (m.key_dim + m.value_dim) + 64, 1024);
+  const int64_t blocks = m.heads ? m.context / kKeys + 1 : 0;
+  parts_floats_ = blocks ? std::max<int64_t>(blocks * (width + m.heads * kPartExtra), int64_t{1} << 21) : 0;
+  lists_size_ = 2 * (int64_t{m.experts} + 1) + m.tokens * int64_t{m.chosen};
+
+  int64_t at = 0;
+  auto carve = [&at](int64_t bytes) { return std::exchange(at, at + round_up(bytes, 4096)); };
+  const int64_t rows = carve(rows_size_), pointers = carve(pointers_size_ * 8), locals = carve(threads_.size() * local_floats_ * 4),
+                parts = carve(parts_floats_ * 4), lists = carve(lists_size_ * 4);
+  if (scratch_.size() < static_cast<size_t>(at)) scratch_ = Arena(at);
+  uint8_t* p = scratch_.data();
+  row_bytes_ = p + rows;
+  pointers_ = reinterpret_cast<const uint8_t**>(p + pointers);
+  locals_ = reinterpret_cast<float*>(p + locals);
+  parts_ = reinterpret_cast<float*>(p + parts);
+  lists_ = reinterpret_cast<int32_t*>(p + lists);
+}
+
+const uint8_t** CpuDevice::take_pointers(int64_t n) {
+  QN_CHECK(pointers_used_ + n <= pointers_size_, "cpu: %lld rows of activations, reserve() had %lld", static_cast<long long>(pointers_used_ + n),
+           static_cast<long long>(pointers_size_));
+  return pointers_ + std::exchange(pointers_used_, pointers_used_ + n);
+}
+
+Rows CpuDevice::take_rows(int64_t n, int64_t stride) {
+  QN_CHECK(rows_used_ + n * stride <= rows_size_, "cpu: %lld bytes of activations, reserve() had %lld", static_cast<long long>(rows_used_ + n * stride),
+           static_cast<long long>(rows_size_));
+  Rows r{row_bytes_ + std::exchange(rows_used_, round_up(rows_used_ + n * stride, 64)), stride, take_pointers(n)};
+  for (int64_t i = 0; i < n; i++) r.x[i] = r[i];
+  return r;
+}
+
+void CpuDevice::check_local(const char* op, int64_t floats) const {
+  QN_CHECK(floats <= local_floats_, "%s: %lld floats of scratch, reserve() had %lld", op, static_cast<long long>(floats),
+           static_cast<long long>(local_floats_));
+}
+
+// ---- matrices
+
+int64_t largest_prepared_row(int64_t k) { return round_up(k, kPadK) * 4; }  // fp32; Bytes take 2.25 a value at most
+
+Matrix make_matrix(const Kernels& kernels, const Tensor& w, Act act) {
+  Matrix m;
+  if (!w) return m;
+  Product& p = m.product;
+  p.dtype = w.dtype, p.group = w.group;
+  p.k = w.cols(), p.kp = round_up(p.k, kPadK);
+  p.row_stride = w.row_stride;
+  if (act == Act::INT8) p.form = is_t16(w.dtype) ? Form::Bytes : Form::Codes;
+  if (act == Act::BF16) p.form = Form::BF16;
+  auto find = [&] { return kernels.product[static_cast<int>(p.form)][static_cast<int>(p.dtype)]; };
+  if (!find()) p.form = Form::F32;
+  m.multiply = find();
+  const int64_t value_bytes = p.form == Form::F32 ? 4 : 2;
+  const int64_t groups = p.form == Form::Bytes ? p.kp / p.group : p.form == Form::Codes ? (p.k + kActGroup - 1) / kActGroup : 0;
+  p.scales_at = p.kp * value_bytes;
+  p.sums_at = p.scales_at + groups * 4;
+  p.bytes = round_up(p.sums_at + (p.form == Form::Bytes ? groups * 4 : 0), 64);
+  m.data = w.bytes();
+  m.rows = w.rows();
+  if (is_t16(w.dtype)) {
+    p.tiles_at = t16_scale_bytes(p.k, p.group);
+    m.panel_stride = t16_panel_bytes(p.dtype, p.k, p.group);
+  } else {
+    m.panel_stride = kPanelRows * w.row_stride * item_bytes(w.dtype);
+  }
+  return m;
+}
+
+}  // namespace cpu
+}  // namespace qn

@@ -1,0 +1,311 @@
+// AVX-512 (F, BW, VL, DQ, VNNI, BF16): lanes of sixteen floats, vpdpbusd on lines of T16 tiles, vdpbf16ps on BF16 weights.
+// Compiled with flags of its own: nothing but static functions and what this file alone instantiates.
+#include "ggml-lite/cpu/kernels.h"
+
+#if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VL__) && defined(__AVX512DQ__) && defined(__AVX512VNNI__) && \
+    defined(__AVX512BF16__)
+#if defined(__GNUC__) && !defined(__clang__)  // g++ 12 takes the deliberately undefined operands of its own header for ours
+#pragma GCC diagnostic ignored "-Wuninitialized"
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#endif
+#include <immintrin.h>
+
+namespace qn::cpu {
+namespace {
+
+using F = __m512;
+constexpr int L = 16, kRows = 2, kTokens = 4, kChains = 2;  // 16 accumulators in 32 registers
+
+F zero() { return _mm512_setzero_ps(); }
+F all(float x) { return _mm512_set1_ps(x); }
+F load(const float* p) { return _mm512_loadu_ps(p); }
+F load(const uint16_t* p) {
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))), 16));
+}
+void store(float* p, F v) { _mm512_storeu_ps(p, v); }
+F fma(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }
+F add(F a, F b) { return _mm512_add_ps(a, b); }
+F sub(F a, F b) { return _mm512_sub_ps(a, b); }
+F mul(F a, F b) { return _mm512_mul_ps(a, b); }
+F divide(F a, F b) { return _mm512_div_ps(a, b); }
+F larger(F a, F b) { return _mm512_max_ps(a, b); }
+F absolute(F v) { return _mm512_abs_ps(v); }
+float sum(F v) { return _mm512_reduce_add_ps(v); }
+float largest(F v) { return _mm512_reduce_max_ps(v); }
+void sums(const F (&v)[1], float* out) { out[0] = sum(v[0]); }
+// Eight vectors: each round adds halves of two vectors into one, [lanes of a | lanes of b], until 8 pairs are left.
+void sums(const F (&v)[8], float* out) {
+  F a[4], b[2];
+  QN_UNROLL
+  for (int i = 0; i < 4; i++)
+    a[i] = add(_mm512_shuffle_f32x4(v[2 * i], v[2 * i + 1], 0x44), _mm512_shuffle_f32x4(v[2 * i], v[2 * i + 1], 0xee));  // 0 0 1 1
+  for (int i = 0; i < 2; i++)
+    b[i] = add(_mm512_shuffle_f32x4(a[2 * i], a[2 * i + 1], 0x88), _mm512_shuffle_f32x4(a[2 * i], a[2 * i + 1], 0xdd));  // 0 1 2 3
+  F c = add(_mm512_shuffle_ps(b[0], b[1], 0x44), _mm512_shuffle_ps(b[0], b[1], 0xee));  // 0 0 4 4 | 1 1 5 5 | 2 2 6 6 | 3 3 7 7
+  c = add(c, _mm512_shuffle_ps(c, c, 0xb1));
+  const __m512i order = _mm512_set_epi32(0, 0, 0, 0, 0, 0, 0, 0, 14, 10, 6, 2, 12, 8, 4, 0);
+  _mm256_storeu_ps(out, _mm512_castps512_ps256(_mm512_permutexvar_ps(order, c)));
+}
+
+// e^v = 2^n e^r, |r| <= ln2 / 2; ln2 in two parts so that r keeps its low bits; then a polynomial of degree 6 in r (minimax).
+// Arguments beyond the range of floats are clamped; max and min are written so that a NaN passes.
+F exponent(F v) {
+  v = _mm512_min_ps(all(88.3762589f), _mm512_max_ps(all(-87.3365479f), v));
+  const F n = _mm512_roundscale_ps(mul(v, all(1.44269504f)), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  const F r = fma(n, all(2.12194440e-4f), fma(n, all(-0.693359375f), v));
+  F p = all(1.9875691500e-4f);
+  p = fma(p, r, all(1.3981999507e-3f));
+  p = fma(p, r, all(8.3334519073e-3f));
+  p = fma(p, r, all(4.1665795894e-2f));
+  p = fma(p, r, all(1.6666665459e-1f));
+  p = fma(p, r, all(5.0000001201e-1f));
+  return _mm512_scalef_ps(add(fma(p, mul(r, r), r), all(1.0f)), n);
+}
+
+void to_bf16(uint16_t* p, F v) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), (__m256i)_mm512_cvtneps_pbh(v)); }
+void to_int8(int8_t* p, F v) {
+  v = larger(all(-127.0f), _mm512_min_ps(all(127.0f), v));
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtsepi32_epi8(_mm512_cvtps_epi32(v)));
+}
+int32_t sum32(const int8_t* p) {
+  const __m256i x = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+  const __m256i s = _mm256_dpbusd_epi32(_mm256_setzero_si256(), _mm256_set1_epi8(1), x);
+  return _mm512_reduce_add_epi32(_mm512_zextsi256_si512(s));
+}
+void halves(const uint8_t* p, float* out) {
+  store(out, _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))));
+}
+F bytes_less(__m128i bytes, int zero_code) {
+  return _mm512_cvtepi32_ps(_mm512_sub_epi32(_mm512_cvtepu8_epi32(bytes), _mm512_set1_epi32(zero_code)));
+}
+__m128i piece(const uint8_t* p) { return _mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)); }
+void codes4(const uint8_t* p, F* out) {
+  const __m128i b = piece(p), low = _mm_set1_epi8(15);
+  out[0] = bytes_less(_mm_unpacklo_epi64(_mm_and_si128(b, low), _mm_and_si128(_mm_srli_epi16(b, 4), low)), 8);
+}
+void codes8(const uint8_t* p, F* out) { out[0] = bytes_less(_mm_unpacklo_epi64(piece(p), piece(p + 16)), 128); }
+
+}  // namespace
+}  // namespace qn::cpu
+
+#include "ggml-lite/cpu/generic.h"
+
+namespace qn::cpu {
+namespace {
+
+__m512i load_line(const void* p) { return _mm512_loadu_si512(p); }
+
+// ---- T16 panels times int8 activations (Form::Bytes)
+//
+// One register is one line of a tile, its bytes the unsigned operand of vpdpbusd (after masking nibbles), the activations the
+// signed one; the excess of the codes is undone by the prepared sums. Integer sums are exact, so only the scaling, one fma
+// per group, has an order. After a step of a group (or of a tile with two groups of 32) the 16 lanes of a line are per 128 bits
+// [g, g, g+8, g+8]; three rounds of shuffle-and-add fold 8 lines into one register of 16 row sums, in the order
+// 0 8 1 9 | 2 10 3 11 | 4 12 5 13 | 6 14 7 15.
+
+// lines a and b -> per 128 bits [a, a+8, b, b+8]
+__m512i fold_pairs(__m512i a, __m512i b) {
+  const __m512 x = _mm512_castsi512_ps(a), y = _mm512_castsi512_ps(b);
+  return _mm512_add_epi32(_mm512_castps_si512(_mm512_shuffle_ps(x, y, 0x88)), _mm512_castps_si512(_mm512_shuffle_ps(x, y, 0xdd)));
+}
+__m512i even_cells(__m512i a, __m512i b) { return _mm512_shuffle_i32x4(a, b, 0x88); }
+__m512i odd_cells(__m512i a, __m512i b) { return _mm512_shuffle_i32x4(a, b, 0xdd); }
+// -> [a cells 0+1, a cells 2+3, b cells 0+1, b cells 2+3]
+__m512i fold_cells(__m512i a, __m512i b) { return _mm512_add_epi32(even_cells(a, b), odd_cells(a, b)); }
+
+// fp16 scales of n groups -> fp32 in the order of the folded rows
+void unpack_scales(const uint8_t* halfs, int64_t n, F* w) {
+  const __m256i order = _mm256_set_epi16(15, 7, 14, 6, 13, 5, 12, 4, 11, 3, 10, 2, 9, 1, 8, 0);
+  for (int64_t g = 0; g < n; g++)
+    w[g] = _mm512_cvtph_ps(_mm256_permutexvar_epi16(order, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(halfs + 32 * g))));
+}
+
+// total += (sum - excess) * scale of the weights * scale of the activations, for group g
+template <int T>
+void scale_group(const Product& p, F w, int64_t g, const uint8_t* const* x, const __m512i* sums, F* total) {
+  QN_UNROLL
+  for (int t = 0; t < T; t++) {
+    const __m512i v = _mm512_sub_epi32(sums[t], _mm512_set1_epi32(reinterpret_cast<const int32_t*>(x[t] + p.sums_at)[g]));
+    const float scale = reinterpret_cast<const float*>(x[t] + p.scales_at)[g];
+    total[t] = fma(_mm512_cvtepi32_ps(v), mul(w, all(scale)), total[t]);
+  }
+}
+
+template <int Bits, int Tiles, bool Halves, int T>
+void panel_bytes(const Product& p, const uint8_t* panel, const uint8_t* const* x, float* y) {
+  constexpr int kTileX = Bits == 4 ? 128 : 64;  // prepared bytes that meet one tile
+  constexpr int kLines = T <= 2 ? 8 : 4;        // lines in flight: whole tiles in order of addresses where registers allow
+  const __m512i low = _mm512_set1_epi8(15);
+  F total[T];
+  QN_UNROLL
+  for (F& v : total) v = zero();
+  const uint8_t* tile = panel + p.tiles_at;
+  const int64_t steps = p.kp / (Bits == 4 ? 64 : 32) / Tiles;
+  constexpr int kGroups = Halves ? 2 : 1;  // of a step
+  F scales[kGroupsAhead];
+  for (int64_t step = 0; step < steps; step++, tile += Tiles * kTileBytes) {
+    const int64_t group = step * kGroups, ahead = group % kGroupsAhead;
+    if (ahead == 0) unpack_scales(panel + 32 * group, steps * kGroups - group < kGroupsAhead ? steps * kGroups - group : kGroupsAhead, scales);
+    __m512i quad[2][T];
+    QN_UNROLL
+    for (int q = 0; q < 8; q += kLines) {
+      __m512i s[kLines][T];
+      QN_UNROLL
+      for (auto& line : s)
+        QN_UNROLL
+        for (__m512i& v : line) v = _mm512_setzero_si512();
+      QN_UNROLL
+      for (int i = 0; i < Tiles; i++)
+        QN_UNROLL
+        for (int l = 0; l < kLines; l++) {
+          const uint8_t* at = tile + i * kTileBytes + (q + l) * 64;
+          if (Bits == 8 && kLines < 8) __builtin_prefetch(at + 8192, 0, 2);  // four tiles in two passes
+          const __m512i w = load_line(at);
+          const int64_t x_at = (step * Tiles + i) * kTileX;
+          if constexpr (Bits == 4) {
+            const __m512i lo = _mm512_and_si512(w, low), hi = _mm512_and_si512(_mm512_srli_epi16(w, 4), low);
+            QN_UNROLL
+            for (int t = 0; t < T; t++) {
+              s[l][t] = _mm512_dpbusd_epi32(s[l][t], lo, load_line(x[t] + x_at));
+              s[l][t] = _mm512_dpbusd_epi32(s[l][t], hi, load_line(x[t] + x_at + 64));
+            }
+          } else {
+            QN_UNROLL
+            for (int t = 0; t < T; t++) s[l][t] = _mm512_dpbusd_epi32(s[l][t], w, load_line(x[t] + x_at));
+          }
+        }
+      QN_UNROLL
+      for (int l = 0; l < kLines; l += 4)
+        QN_UNROLL
+        for (int t = 0; t < T; t++) quad[(q + l) / 4][t] = fold_cells(fold_pairs(s[l][t], s[l + 1][t]), fold_pairs(s[l + 2][t], s[l + 3][t]));
+    }
+    __m512i first[T], second[T];
+    QN_UNROLL
+    for (int t = 0; t < T; t++) {
+      first[t] = even_cells(quad[0][t], quad[1][t]);   // k of the first half of the tile
+      second[t] = odd_cells(quad[0][t], quad[1][t]);
+      if (!Halves) first[t] = _mm512_add_epi32(first[t], second[t]);
+    }
+    scale_group<T>(p, scales[ahead], group, x, first, total);
+    if (Halves) scale_group<T>(p, scales[ahead + 1], group + 1, x, second, total);
+  }
+  const __m512i back = _mm512_set_epi32(15, 13, 11, 9, 7, 5, 3, 1, 14, 12, 10, 8, 6, 4, 2, 0);
+  QN_UNROLL
+  for (int t = 0; t < T; t++) store(y + 16 * t, _mm512_permutexvar_ps(back, total[t]));
+}
+
+template <int Bits, int Tiles, bool Halves>
+void panel_tokens(const Product& p, const uint8_t* panel, const uint8_t* const* x, int tokens, float* y) {
+  int t = 0;
+  for (; t + 4 <= tokens; t += 4) panel_bytes<Bits, Tiles, Halves, 4>(p, panel, x + t, y + 16 * t);
+  switch (tokens - t) {
+    case 3: return panel_bytes<Bits, Tiles, Halves, 3>(p, panel, x + t, y + 16 * t);
+    case 2: return panel_bytes<Bits, Tiles, Halves, 2>(p, panel, x + t, y + 16 * t);
+    case 1: return panel_bytes<Bits, Tiles, Halves, 1>(p, panel, x + t, y + 16 * t);
+  }
+}
+
+template <int Bits>
+void product_panel_bytes(const Product& p, const uint8_t* panel, int, const uint8_t* const* x, int tokens, float* y) {
+  constexpr int kPer32 = Bits == 4 ? 0 : 1;  // tiles in 32 k of INT8; of INT4 half a one
+  if (p.group == 128) panel_tokens<Bits, kPer32 ? 4 : 2, false>(p, panel, x, tokens, y);
+  else if (p.group == 64) panel_tokens<Bits, kPer32 ? 2 : 1, false>(p, panel, x, tokens, y);
+  else panel_tokens<Bits, 1, kPer32 == 0>(p, panel, x, tokens, y);
+}
+
+// ---- BF16 weights times BF16 activations or codes. vdpbf16ps adds pairs of products to fp32 lanes; codes are integers up to 127
+// and so exact in BF16, and each group of 128 is scaled once.
+
+template <bool Scaled, int R, int T>
+void rows_bf16(const Product& p, const uint16_t* w, const uint8_t* const* x, float* y) {
+  F total[T][R], acc[T][R];
+  QN_UNROLL
+  for (int t = 0; t < T; t++)
+    QN_UNROLL
+    for (int r = 0; r < R; r++) total[t][r] = acc[t][r] = zero();
+  const int64_t step = Scaled ? kActGroup : p.k;
+  for (int64_t k = 0; k < p.k; k += step) {
+    const int64_t end = k + step < p.k ? k + step : p.k;
+    for (int64_t i = k; i < end; i += 32) {
+      __m512bh a[R];
+      QN_UNROLL
+      for (int r = 0; r < R; r++) {
+        const uint16_t* at = w + r * p.row_stride + i;
+        if (R > 1) __builtin_prefetch(at + R * p.row_stride, 0, 2);  // into L2: R streams are more than the hardware follows well
+        a[r] = (__m512bh)load_line(at);
+      }
+      QN_UNROLL
+      for (int t = 0; t < T; t++) {
+        const __m512bh b = (__m512bh)load_line(x[t] + 2 * i);
+        QN_UNROLL
+        for (int r = 0; r < R; r++) acc[t][r] = _mm512_dpbf16_ps(acc[t][r], a[r], b);
+      }
+    }
+    if (!Scaled) continue;
+    QN_UNROLL
+    for (int t = 0; t < T; t++) {
+      const F scale = all(reinterpret_cast<const float*>(x[t] + p.scales_at)[k / kActGroup]);
+      QN_UNROLL
+      for (int r = 0; r < R; r++) {
+        total[t][r] = fma(acc[t][r], scale, total[t][r]);
+        acc[t][r] = zero();
+      }
+    }
+  }
+  for (int t = 0; t < T; t++)
+    for (int r = 0; r < R; r++) y[16 * t + r] = sum(Scaled ? total[t][r] : acc[t][r]);
+}
+
+template <bool Scaled, int R>
+void rows_bf16_tokens(const Product& p, const uint16_t* w, const uint8_t* const* x, int tokens, float* y) {
+  int t = 0;
+  for (; t + 4 <= tokens; t += 4) rows_bf16<Scaled, R, 4>(p, w, x + t, y + 16 * t);
+  switch (tokens - t) {
+    case 3: return rows_bf16<Scaled, R, 3>(p, w, x + t, y + 16 * t);
+    case 2: return rows_bf16<Scaled, R, 2>(p, w, x + t, y + 16 * t);
+    case 1: return rows_bf16<Scaled, R, 1>(p, w, x + t, y + 16 * t);
+  }
+}
+
+// Few tokens: row by row, one stream from memory. More: 4 rows share the loads of activations.
+template <bool Scaled>
+void product_rows_bf16(const Product& p, const uint8_t* bytes, int rows, const uint8_t* const* x, int tokens, float* y) {
+  const uint16_t* w = reinterpret_cast<const uint16_t*>(bytes);
+  int r = 0;
+  for (; tokens >= 4 && r + 4 <= rows; r += 4) rows_bf16_tokens<Scaled, 4>(p, w + r * p.row_stride, x, tokens, y + r);
+  for (; r < rows; r++) rows_bf16_tokens<Scaled, 1>(p, w + r * p.row_stride, x, tokens, y + r);
+}
+
+uint64_t read(const uint8_t* p, int64_t bytes) {
+  __m512i s[4] = {};
+  for (int64_t i = 0; i < bytes; i += 256)
+    QN_UNROLL
+    for (int j = 0; j < 4; j++) s[j] = _mm512_add_epi64(s[j], load_line(p + i + 64 * j));
+  return static_cast<uint64_t>(_mm512_reduce_add_epi64(_mm512_add_epi64(_mm512_add_epi64(s[0], s[1]), _mm512_add_epi64(s[2], s[3]))));
+}
+
+}  // namespace
+
+const Kernels* avx512_kernels() {
+  static constexpr Kernels kernels = [] {
+    Kernels k = generic_kernels("avx512");
+    ProductFn* f = k.product[static_cast<int>(Form::Bytes)];
+    f[static_cast<int>(DType::INT8)] = product_panel_bytes<8>;
+    f[static_cast<int>(DType::INT4)] = product_panel_bytes<4>;
+    k.product[static_cast<int>(Form::BF16)][static_cast<int>(DType::BF16)] = product_rows_bf16<false>;
+    k.product[static_cast<int>(Form::Codes)][static_cast<int>(DType::BF16)] = product_rows_bf16<true>;
+    k.read = read;
+    return k;
+  }();
+  return &kernels;
+}
+
+}  // namespace qn::cpu
+
+#else
+
+namespace qn::cpu {
+const Kernels* avx512_kernels() { return nullptr; }
+}  // namespace qn::cpu
+
+#endif

@@ -1,0 +1,181 @@
+// Mixture of experts: router, gate_up, down.
+//
+// A token reads K of E experts. For several tokens the pairs (token, choice) are sorted by expert first, so that every expert's
+// weights are read once per call, for up to kBlock tokens at a time. The result of a token is the sum over its experts in order
+// of their ids, whatever other tokens are there: each output panel belongs to one thread, which goes through the experts in
+// that order, so there is neither a second buffer nor an atomic.
+#include <cmath>
+#include <cstring>
+
+#include "ggml-lite/cpu/cpu_device.h"
+
+namespace qn::cpu {
+
+// Expert i of the active ones has id[i] and the pairs pair[first[i]] .. pair[first[i + 1] - 1]; a pair is t * K + j.
+struct CpuDevice::Routed {
+  int active = 0;
+  int32_t *id, *first, *pair;
+};
+
+static float sigmoid(float x) { return 1.f / (1.f + std::exp(-x)); }
+
+void CpuDevice::do_moe_router(const MoeRouterArgs& a) {
+  const int64_t tokens = a.h.rows(), width = a.h.cols();
+  const Matrix router = make_matrix(kernels_, a.router, Act::F32), gate = make_matrix(kernels_, a.shared_gate, Act::F32);
+  const Matrix shared = make_matrix(kernels_, a.shared_gate_up, a.shared_act);
+  reset_scratch();
+  const uint8_t** x = take_pointers(tokens);
+  for (int64_t t = 0; t < tokens; t++) x[t] = reinterpret_cast<const uint8_t*>(a.x.f32(t));
+  const Rows xs = take_rows(tokens, shared.product.bytes);
+  threads_.run([&](int thread) {
+    const Range mine = share(tokens, thread, threads_.size());
+    for (int64_t t = mine.begin; t < mine.end; t++) {
+      norm(a.h.f32(t), a.norm, a.eps, width, a.x.f32(t));
+      kernels_.prepare(shared.product, a.shared_act, a.x.f32(t), xs[t]);
+    }
+    threads_.barrier(thread);
+    // units: router panels, then 8 columns of the shared expert each, then its gate
+    const int64_t routers = router.panels(), columns = shared.rows / kPanelRows;
+    spread(routers + columns + 1, [&](Range r) {
+      multiply(router, clip(r, 0, routers), x, tokens, [&](int64_t row, int rows, int64_t t0, int n, const float* tile) {
+        for (int t = 0; t < n; t++) std::memcpy(a.logits.f32(t0 + t) + row, tile + t * kPanelRows, rows * 4);
+      });
+      multiply_swiglu(kernels_, shared, clip(r, routers, routers + columns), xs.x, tokens,
+                      [&](int64_t column, int64_t t, const float* v) { std::memcpy(a.shared.f32(t) + column, v, 8 * 4); });
+      multiply(gate, clip(r, routers + columns, routers + columns + 1), x, tokens, [&](int64_t, int, int64_t t0, int n, const float* tile) {
+        for (int t = 0; t < n; t++) a.shared_scale.f32()[t0 + t] = sigmoid(tile[t * kPanelRows]);
+      });
+    });
+  });
+}
+
+// Top K of one token by insertion; a later expert must be larger to pass an earlier one, so ties go to the lower index and a
+// NaN never passes anything.
+void CpuDevice::route(const MoeGateUpArgs& a, int64_t t) const {
+  const float* logits = a.logits.f32(t);
+  int32_t* ids = a.ids.i32(t);
+  float* weights = a.weights.f32(t);
+  const int32_t experts = a.experts.count;
+  const int chosen = static_cast<int>(a.ids.cols());
+  int n = 0;
+  for (int32_t e = 0; e < experts; e++) {
+    if (n == chosen && !(logits[e] > logits[ids[n - 1]])) continue;
+    int at = n < chosen ? n++ : n - 1;
+    for (; at > 0 && logits[e] > logits[ids[at - 1]]; at--) ids[at] = ids[at - 1];
+    ids[at] = e;
+  }
+  const float top = logits[ids[0]];
+  float total = 0;
+  if (!a.renormalise)
+    for (int32_t e = 0; e < experts; e++) total += std::exp(logits[e] - top);
+  for (int j = 0; j < chosen; j++) {
+    weights[j] = std::exp(logits[ids[j]] - top);
+    if (a.renormalise) total += weights[j];
+  }
+  for (int j = 0; j < chosen; j++) weights[j] /= total;
+}
+
+// Counting sort of the pairs by expert
+void CpuDevice::sort_by_expert(const Tensor& ids, int experts, Routed& r) const {
+  const int64_t pairs = ids.rows() * ids.cols();
+  r.id = lists_, r.first = r.id + experts + 1, r.pair = r.first + experts + 1;
+  std::fill_n(r.first, experts + 1, 0);
+  const int32_t* id = ids.i32();
+  for (int64_t i = 0; i < pairs; i++) r.first[id[i] + 1]++;
+  for (int e = 0; e < experts; e++) r.first[e + 1] += r.first[e];
+  for (int64_t i = 0; i < pairs; i++) r.pair[r.first[id[i]]++] = static_cast<int32_t>(i);  // first[e] becomes first[e + 1]
+  r.active = 0;
+  for (int e = 0, begin = 0; e < experts; e++) {
+    const int end = r.first[e];
+    if (end == begin) continue;
+    r.id[r.active] = e;
+    r.first[r.active++] = begin;  // at or before e: read already
+    begin = end;
+  }
+  r.first[r.active] = static_cast<int32_t>(pairs);
+}
+
+void CpuDevice::do_moe_gate_up(const MoeGateUpArgs& a) {
+  const int64_t tokens = a.x.rows(), chosen = a.ids.cols(), columns = a.inner.cols() / 8;
+  const Matrix first = make_matrix(kernels_, a.experts.gate_up(0), a.act);
+  const int64_t stride = a.experts.layout().stride;
+  QN_CHECK(2 * (a.experts.count + 1) + tokens * chosen <= lists_size_, "moe_gate_up: %d experts and %lld choices, reserve() had less", a.experts.count,
+           static_cast<long long>(tokens * chosen));
+  reset_scratch();
+  const Rows x = take_rows(tokens, first.product.bytes);
+  const uint8_t** sorted = take_pointers(tokens * chosen);
+  Routed r;
+  auto sort = [&] {
+    sort_by_expert(a.ids, a.experts.count, r);
+    for (int64_t i = 0; i < tokens * chosen; i++) sorted[i] = x[r.pair[i] / chosen];
+  };
+  threads_.run([&](int thread) {
+    const Range mine = share(tokens, thread, threads_.size());
+    for (int64_t t = mine.begin; t < mine.end; t++) {
+      route(a, t);
+      kernels_.prepare(first.product, a.act, a.x.f32(t), x[t]);
+    }
+    if (tokens > 1) threads_.barrier(thread);
+    if (tokens > 1 ? thread == 0 : mine.end > mine.begin) sort();
+    threads_.barrier(thread);
+    spread(r.active * columns, [&](Range range) {
+      for (int64_t at = range.begin; at < range.end;) {
+        const int64_t e = at / columns, end = std::min(range.end, (e + 1) * columns);
+        const int32_t begin = r.first[e];
+        Matrix m = first;
+        m.data += r.id[e] * stride;
+        multiply_swiglu(kernels_, m, {at - e * columns, end - e * columns}, sorted + begin, r.first[e + 1] - begin,
+                        [&](int64_t column, int64_t i, const float* v) { std::memcpy(a.inner.f32(r.pair[begin + i]) + column, v, 8 * 4); });
+        at = end;
+      }
+    });
+  });
+}
+
+void CpuDevice::do_moe_down(const MoeDownArgs& a) {
+  const int64_t tokens = a.h.rows(), chosen = a.ids.cols(), pairs = tokens * chosen;
+  const Matrix first = make_matrix(kernels_, a.experts.down(0), a.act), shared = make_matrix(kernels_, a.shared_down, a.shared_act);
+  const int64_t stride = a.experts.layout().stride;
+  QN_CHECK(2 * (a.experts.count + 1) + pairs <= lists_size_, "moe_down: %d experts and %lld choices, reserve() had less", a.experts.count,
+           static_cast<long long>(pairs));
+  for (int64_t i = 0; i < pairs; i++)
+    QN_CHECK(a.ids.i32()[i] >= 0 && a.ids.i32()[i] < a.experts.count, "moe_down: expert %d of %d", a.ids.i32()[i], a.experts.count);
+  reset_scratch();
+  const Rows x = take_rows(pairs, first.product.bytes), xs = take_rows(tokens, shared.product.bytes);
+  const uint8_t** sorted = take_pointers(pairs);
+  Routed r;
+  threads_.run([&](int thread) {
+    const Range mine = share(pairs + tokens, thread, threads_.size());
+    for (int64_t i = mine.begin; i < mine.end; i++)
+      if (i < pairs) kernels_.prepare(first.product, a.act, a.inner.f32(i), x[i]);
+      else kernels_.prepare(shared.product, a.shared_act, a.shared.f32(i - pairs), xs[i - pairs]);
+    if (thread == 0) {
+      sort_by_expert(a.ids, a.experts.count, r);
+      for (int64_t i = 0; i < pairs; i++) sorted[i] = x[r.pair[i]];
+    }
+    threads_.barrier(thread);
+    auto add = [&](const Matrix& m, Range panels, const uint8_t* const* from, int64_t n, auto token_and_weight) {
+      multiply(m, panels, from, n, [&](int64_t row, int rows, int64_t i0, int count, const float* tile) {
+        for (int i = 0; i < count; i++) {
+          const auto [t, weight] = token_and_weight(i0 + i);
+          float* h = a.h.f32(t) + row;
+          for (int j = 0; j < rows; j++) h[j] += weight * tile[i * kPanelRows + j];
+        }
+      });
+    };
+    spread(shared.panels(), [&](Range panels) {
+      for (int e = 0; e < r.active; e++) {
+        const int32_t begin = r.first[e];
+        Matrix m = first;
+        m.data += r.id[e] * stride;
+        add(m, panels, sorted + begin, r.first[e + 1] - begin, [&](int64_t i) {
+          const int32_t pair = r.pair[begin + i];
+          return std::pair(pair / chosen, a.weights.f32()[pair]);
+        });
+      }
+      add(shared, panels, xs.x, tokens, [&](int64_t t) { return std::pair(t, a.shared_scale.f32()[t]); });
+    });
+  });
+}
+
+}  // namespace qn::cpu

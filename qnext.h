@@ -1,0 +1,195 @@
+// qnext: run Qwen3-Next on one machine. The public door; everything a program needs is here.
+//
+//   auto engine = qnext::Engine::open("model.qn", options);
+//   qnext::Session session(engine);
+//   session.sync(engine.chat_tokens(messages, {}));
+//   session.generate(params, [](const qnext::Delivery& d) { std::cout << d.text; return true; });
+//
+// Errors: qnext::Error, one line: what, where, expected, got, what to try. An Engine may be shared by sessions that are used one
+// at a time; it must outlive them.
+#pragma once
+#include <atomic>
+#include <cstdint>
+#include <functional>
+#include <memory>
+#include <optional>
+#include <span>
+#include <string>
+#include <string_view>
+#include <vector>
+
+#include "ggml-lite/base/check.h"
+#include "ggml-lite/text/chatml.h"   // Message, ToolCall, ChatStyle, Answer
+#include "ggml-lite/text/sampler.h"  // SamplerParams
+
+namespace qnext {
+
+using qn::Error;
+using qn::Message;
+using qn::SamplerParams;
+
+// ---- options --------------------------------------------------------------------------------------------------------
+
+enum class Verify { Auto, Yes, No };  // Auto: checksums of the weights are checked at open for files under 1 GiB
+
+struct Options {
+  std::string device = "auto";      // auto | ref | cpu | cuda | cuda:0,1
+  std::optional<std::string> act;   // f32 | bf16 | int8; default int8 on the CPU, bf16 on CUDA, f32 on ref
+  std::string kv_type;              // f32 | bf16; default f32 with --act f32, else bf16
+  std::string isa = "auto";         // CPU kernels: auto | scalar | avx2 | avx512
+  int threads = 0;                  // 0: physical cores
+  int ctx = 0;                      // positions; 0: what the model allows, or fits
+  int ubatch = 0;                   // tokens per pass in prefill; 0: chosen by the plan
+  uint64_t ram = 0;                 // bytes this process may use; 0: what the system allows
+  Verify verify = Verify::Auto;
+  bool mtp = false;                 // run the multi-token-prediction layer along if the file has one (needed for its logits)
+};
+
+// One row per option, so that every program offers the same ones: for each row the program adds a flag "--name VALUE".
+struct OptionRow {
+  const char* flags;   // "--threads,-t"
+  const char* value;   // "N"; "" for a switch
+  const char* help;
+  void (*set)(Options&, const std::string&);  // throws Error for a bad value
+};
+std::span<const OptionRow> options_table();
+
+std::vector<std::string> list_devices();  // one line each, as --device takes them
+
+// ---- the model ------------------------------------------------------------------------------------------------------
+
+struct ModelInfo {
+  std::string name, source;         // as the converter recorded
+  int layers, width, vocab, context;
+  int heads, kv_heads, head_dim, rotary_dim;
+  int key_heads, value_heads, key_dim, value_dim, conv;
+  int experts, chosen, expert_width, shared_width;
+  double rope_theta, yarn_factor;   // yarn_factor 1: none
+  bool mtp;
+  std::string experts_format, rest_format;  // "int4 g128", "bf16"
+  uint64_t file_bytes;
+  uint64_t bytes_per_token;         // weights read for one decoded token, without KV and state
+  qn::ChatStyle chat;
+  std::vector<int32_t> end_tokens;
+  SamplerParams sampling;           // generation defaults of the file
+};
+
+// Where everything goes, known before anything is allocated.
+struct Plan {
+  std::string device;
+  std::string act, kv_type;              // in force: "int8", "bf16"
+  int ctx, ubatch;
+  uint64_t weights, kv, state, scratch;  // bytes; weights are mapped on the CPU
+  uint64_t budget;                       // what may be used
+};
+
+using Progress = std::function<void(std::string_view what, uint64_t done, uint64_t total)>;
+
+// Sees intermediate values: layer -1 for what is outside the layers. rows x cols, valid during the call.
+// Names: "embed", "layer" (residual after layer i), "experts" (ids chosen in layer i), "final_norm", "mtp_norm" (n after mtp.norm), "mtp_logits".
+using TraceHook = std::function<void(int layer, std::string_view name, std::span<const float> values, int rows, int cols)>;
+
+struct ChatOptions {
+  const qn::Json* tools = nullptr;
+  bool generation_prompt = true;
+};
+
+class Engine {
+ public:
+  // Validates, plans, places. Throws Error; nothing is allocated when the plan does not fit.
+  static Engine open(const std::string& path, const Options& options, const Progress& progress = {});
+  // Only the tokenizer of a file (works on files without weights).
+  static Engine open_tokenizer(const std::string& path);
+  Engine(Engine&&) noexcept;
+  ~Engine();
+
+  const ModelInfo& info() const;
+  const Plan& plan() const;
+  std::string device_name() const;
+
+  bool has_tokenizer() const;
+  std::vector<int32_t> tokenize(std::string_view text, bool control) const;  // control: recognise "<|im_end|>" and the like
+  std::string_view token_bytes(int32_t id) const;  // bytes, not strings: a token may be half a character
+  std::string detokenize(std::span<const int32_t> ids) const;
+  bool shown(int32_t id) const;                     // false for special tokens
+  std::vector<int32_t> chat_tokens(std::span<const Message> messages, const ChatOptions& options) const;
+  qn::Answer parse_answer(std::string_view text, const qn::Json* tools) const;
+  bool is_end(int32_t id) const;
+
+  void trace(TraceHook hook);  // empty: off
+
+ private:
+  friend class Session;
+  struct Impl;
+  explicit Engine(std::unique_ptr<Impl> impl);
+  std::unique_ptr<Impl> impl_;
+};
+
+// ---- a conversation -------------------------------------------------------------------------------------------------
+
+struct SyncResult {
+  int reused = 0, prefilled = 0;
+  bool interrupted = false;  // the session then ends at a token boundary before the last one; sync() again goes on
+};
+
+struct Delivery {
+  int32_t id;            // the token; -1 for the last piece of text that was held back
+  std::string_view text; // complete characters; may be empty, may hold text of earlier tokens. Special tokens have none.
+};
+
+enum class Finish { EndToken, StopString, Length, Interrupted, ContextFull };
+
+struct GenerateParams {
+  SamplerParams sampling;
+  int max_tokens = -1;                 // -1: until the context is full
+  std::vector<std::string> stop;       // text before a stop string is delivered, the string itself is not
+  const std::atomic<bool>* interrupt = nullptr;
+  bool stop_at_end_tokens = true;
+};
+
+struct GenerateResult {
+  std::vector<int32_t> ids;            // delivered tokens (no end token)
+  std::string text;                    // what was delivered
+  Finish finish;
+  double seconds = 0;
+};
+
+struct Timings {
+  uint64_t prefill_tokens = 0, decode_tokens = 0;
+  double prefill_seconds = 0, decode_seconds = 0;
+};
+
+class Session {
+ public:
+  explicit Session(Engine& engine);
+  Session(Session&&) noexcept;
+  ~Session();
+
+  // Makes the timeline equal to `tokens`: reuses the longest usable prefix, prefills the rest. A recurrent state cannot be cut, only
+  // restored from a checkpoint; checkpoints are taken where turns begin and end. Throws Error when the context is too small.
+  SyncResult sync(std::span<const int32_t> tokens, const Progress& progress = {}, const std::atomic<bool>* interrupt = nullptr);
+  // sync() that hands out the logits of every new position (position, logits): for perplexity and checks.
+  SyncResult sync_all(std::span<const int32_t> tokens, const std::function<void(int position, std::span<const float> logits)>& each);
+  void step(int32_t token);                 // one decode
+  std::span<const float> logits() const;    // (V) of the next token; valid until the next call
+  const std::vector<int32_t>& tokens() const;
+  int position() const;                     // == tokens().size()
+  int context() const;
+  // Goes back to `position` or, when no checkpoint allows it, to an earlier place; returns the position really reached.
+  int rewind(int position);
+  void clear();
+
+  // Samples until something stops it. `deliver` returns false to stop. Afterwards the state ends exactly after the last token
+  // delivered, whatever stopped it, so that the next sync() or generate() goes on from there.
+  GenerateResult generate(const GenerateParams& params, const std::function<bool(const Delivery&)>& deliver);
+
+  Timings timings() const;
+  // Hash of everything the next token depends on (state, cache, logits): equal states give equal numbers on one device.
+  uint64_t state_hash() const;
+
+ private:
+  struct Impl;
+  std::unique_ptr<Impl> impl_;
+};
+
+}  // namespace qnext

@@ -1,0 +1,233 @@
+// Micro-benchmark of the CPU device at the shapes of the 80B model: bytes that must be read (and written) per second, and their
+// share of what the same threads read from memory in a plain loop. Weights of an operation exist in as many copies as it takes to
+// be larger than every cache. Not a test: run by hand, e.g.   bench_ops 2 avx512 1,4,64
+#include <chrono>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <functional>
+#include <random>
+#include <sstream>
+#include <vector>
+
+#include "ggml-lite/base/file.h"
+#include "ggml-lite/cpu/cpu.h"
+
+namespace {
+
+using namespace qn;
+
+constexpr int64_t kCold = int64_t{768} << 20;  // bytes of copies of one operation's weights
+uint64_t noise = 88172645463325252ull;
+uint64_t draw() { return noise ^= noise << 13, noise ^= noise >> 7, noise ^= noise << 17; }
+
+Tensor floats(std::vector<Buffer>& keep, Device& d, int64_t d0, int64_t d1 = 0, int64_t d2 = 0) {
+  keep.push_back(d.alloc(static_cast<size_t>(d0 * std::max<int64_t>(1, d1) * std::max<int64_t>(1, d2) * 4), "bench"));
+  Tensor t = view(keep.back().data(), DType::F32, d0, d1, d2);
+  for (size_t i = 0; i < keep.back().bytes() / 4; i++) t.f32()[i] = static_cast<float>(static_cast<int64_t>(draw() % 2001) - 1000) * 1e-3f;
+  return t;
+}
+
+void fill_weights(uint8_t* p, DType type, int64_t n, int64_t k, int group) {
+  const int64_t bytes = weight_bytes(type, n, k, group);
+  for (int64_t i = 0; i + 8 <= bytes; i += 8) {
+    uint64_t v = draw();
+    if (type == DType::BF16) v = (v & 0x807f807f807f807full) | 0x3c003c003c003c00ull;
+    std::memcpy(p + i, &v, 8);
+  }
+  if (!is_t16(type)) return;
+  const uint16_t scale = float_to_half(0.01f);
+  for (int64_t panel = 0; panel < t16_panels(n); panel++)
+    for (int64_t i = 0; i < t16_scale_bytes(k, group); i += 2) std::memcpy(p + panel * t16_panel_bytes(type, k, group) + i, &scale, 2);
+}
+
+struct Format {
+  DType type;
+  int group;
+};
+
+struct Benchmark {
+  Device& d;
+  double bandwidth;
+  Act act;
+  double layer_ms = 0;  // summed by token()
+
+  // Runs op(copy) over all copies until 0.4 s have gone; prints and returns milliseconds per call of the best round.
+  double time(const char* name, int64_t tokens, double bytes, int copies, const std::function<void(int)>& op) {
+    double best = 1e30, spent = 0;
+    for (int round = 0; round < 3 || spent < 0.4; round++) {
+      const auto start = std::chrono::steady_clock::now();
+      for (int c = 0; c < copies; c++) op(c);
+      const double s = std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+      spent += s;
+      if (round) best = std::min(best, s / copies);
+    }
+    std::printf("%-34s T=%-4lld %9.3f ms %8.2f GB/s %5.0f %%  %8.3f ms/token\n", name, static_cast<long long>(tokens), best * 1e3, bytes / best / 1e9,
+                100 * bytes / best / bandwidth, best * 1e3 / static_cast<double>(tokens));
+    std::fflush(stdout);
+    return best * 1e3;
+  }
+
+  double matmul(const char* name, Format f, int64_t t, int64_t n, int64_t k) {
+    std::vector<Buffer> keep;
+    const int64_t bytes = weight_bytes(f.type, n, k, f.group);
+    const int copies = static_cast<int>(std::max<int64_t>(1, kCold / bytes));
+    Arena weights(static_cast<size_t>(bytes * copies));
+    for (int c = 0; c < copies; c++) fill_weights(weights.data() + c * bytes, f.type, n, k, f.group);
+    NormMatmulArgs a;
+    a.h = floats(keep, d, t, k), a.norm = floats(keep, d, k), a.act = act, a.y = floats(keep, d, t, n);
+    return time(name, t, static_cast<double>(bytes), copies, [&](int c) {
+      a.w = weight(weights.data() + c * bytes, f.type, n, k, f.group);
+      d.norm_matmul(a);
+    });
+  }
+
+  double moe(Format f, Format rest, int64_t t) {
+    constexpr int64_t e = 512, k = 10, width = 2048, inner = 512;
+    std::vector<Buffer> keep;
+    Experts x;
+    x.dtype = f.type, x.group = static_cast<uint16_t>(f.group), x.count = e, x.d = width, x.f = inner;
+    const ExpertLayout l = x.layout();
+    Arena experts(static_cast<size_t>(l.stride * e));
+    for (int64_t i = 0; i < e; i++) {
+      fill_weights(experts.data() + i * l.stride, f.type, 2 * inner, width, f.group);
+      fill_weights(experts.data() + i * l.stride + l.down_offset, f.type, width, inner, f.group);
+    }
+    x.data = experts.data();
+    const int64_t up = weight_bytes(rest.type, 2 * inner, width, rest.group), down = weight_bytes(rest.type, width, inner, rest.group);
+    const int64_t router = weight_bytes(DType::BF16, e, width, 0), shared = router + up + down + 64 * 2 * width;
+    const int copies = static_cast<int>(kCold / 4 / shared);
+    Arena dense(static_cast<size_t>(shared * copies));
+    for (int c = 0; c < copies; c++) {
+      uint8_t* p = dense.data() + c * shared;
+      fill_weights(p, DType::BF16, e + 64, width, 0);
+      fill_weights(p + router + 128 * width, rest.type, 2 * inner, width, rest.group);
+      fill_weights(p + router + 128 * width + up, rest.type, width, inner, rest.group);
+    }
+    MoeRouterArgs r;
+    r.h = floats(keep, d, t, width), r.norm = floats(keep, d, width), r.x = floats(keep, d, t, width), r.logits = floats(keep, d, t, e);
+    r.shared = floats(keep, d, t, inner), r.shared_scale = floats(keep, d, t), r.shared_act = act;
+    double ms = time("moe_router", t, static_cast<double>(router + up), copies, [&](int c) {
+      uint8_t* p = dense.data() + c * shared;
+      r.router = weight(p, DType::BF16, e, width), r.shared_gate = weight(p + router, DType::BF16, 1, width);
+      r.shared_gate_up = weight(p + router + 128 * width, rest.type, 2 * inner, width, rest.group);
+      d.moe_router(r);
+    });
+    MoeGateUpArgs g;
+    g.x = floats(keep, d, t, width), g.act = act, g.experts = x;
+    keep.push_back(d.alloc(static_cast<size_t>(t * k * 4), "ids"));
+    g.ids = view(keep.back().data(), DType::I32, t, k), g.weights = floats(keep, d, t, k), g.inner = floats(keep, d, t * k, inner);
+    std::vector<Tensor> logits;  // other experts every time
+    for (int i = 0; i < 24; i++) logits.push_back(floats(keep, d, t, e));
+    std::vector<double> touched(24);
+    double all = 0;
+    for (int i = 0; i < 24; i++) {
+      g.logits = logits[static_cast<size_t>(i)];
+      d.moe_gate_up(g);
+      std::vector<bool> seen(e);
+      for (int64_t j = 0; j < t * k; j++) seen[static_cast<size_t>(g.ids.i32()[j])] = true;
+      for (bool s : seen) touched[static_cast<size_t>(i)] += s;
+      all += touched[static_cast<size_t>(i)] / 24;
+    }
+    ms += time("moe_gate_up", t, all * static_cast<double>(l.down_offset), 24, [&](int c) {
+      g.logits = logits[static_cast<size_t>(c)];
+      d.moe_gate_up(g);
+    });
+    MoeDownArgs m;
+    m.weights = g.weights, m.inner = g.inner, m.act = act, m.experts = x, m.shared = r.shared, m.shared_scale = r.shared_scale, m.shared_act = act;
+    m.h = floats(keep, d, t, width);
+    std::vector<Tensor> ids;
+    for (int i = 0; i < 24; i++) {
+      keep.push_back(d.alloc(static_cast<size_t>(t * k * 4), "ids"));
+      ids.push_back(view(keep.back().data(), DType::I32, t, k));
+      g.logits = logits[static_cast<size_t>(i)], g.ids = ids.back();
+      d.moe_gate_up(g);
+    }
+    return ms + time("moe_down", t, all * static_cast<double>(l.bytes - l.down_offset) + static_cast<double>(down), 24, [&](int c) {
+             m.ids = ids[static_cast<size_t>(c)];
+             m.shared_down = weight(dense.data() + c % copies * shared + router + 128 * width + up, rest.type, width, inner, rest.group);
+             d.moe_down(m);
+           });
+  }
+
+  double out(const char* name, Format f, int64_t t) {
+    constexpr int64_t k = 4096, n = 2048;
+    std::vector<Buffer> keep;
+    const int64_t bytes = weight_bytes(f.type, n, k, f.group);
+    const int copies = static_cast<int>(kCold / bytes);
+    Arena weights(static_cast<size_t>(bytes * copies));
+    for (int c = 0; c < copies; c++) fill_weights(weights.data() + c * bytes, f.type, n, k, f.group);
+    GatedNormMatmulArgs a;
+    a.o = floats(keep, d, t, k), a.z = floats(keep, d, t, k), a.norm = floats(keep, d, 128), a.act = act, a.h = floats(keep, d, t, n);
+    return time(name, t, static_cast<double>(bytes), copies, [&](int c) {
+      a.w = weight(weights.data() + c * bytes, f.type, n, k, f.group);
+      d.gated_norm_matmul(a);
+    });
+  }
+
+  double delta(int64_t t) {
+    constexpr int64_t gk = 16, gv = 32, w = 128, ch = 2 * gk * w + gv * w, layers = 36;
+    std::vector<Buffer> keep;
+    DeltaNetArgs a;
+    a.qkv = floats(keep, d, t, ch), a.ba = floats(keep, d, t, 2 * gv), a.conv = floats(keep, d, ch, 4);
+    a.neg_a = floats(keep, d, gv), a.dt_bias = floats(keep, d, gv), a.o = floats(keep, d, t, gv * w);
+    for (int64_t i = 0; i < gv; i++) a.neg_a.f32()[i] = -0.1f;
+    const Tensor state = floats(keep, d, layers * gv, w, w), ring = floats(keep, d, layers * 4, ch);
+    const StepParams step{100, static_cast<int32_t>(t)};
+    a.key_heads = gk, a.value_heads = gv, a.step = &step;
+    return time("delta_net (state read + written)", t, 2.0 * gv * w * w * 4, layers, [&](int c) {
+      a.state = state.slice(c * gv, gv), a.conv_ring = ring.slice(c * 4, 4);
+      d.delta_net(a);
+    });
+  }
+
+  double attention(int64_t t, int64_t context) {
+    constexpr int64_t heads = 16, kv = 2, w = 256, layers = 12;
+    std::vector<Buffer> keep;
+    AttentionArgs a;
+    a.qgkv = floats(keep, d, t, 2 * (heads + kv) * w), a.q_norm = floats(keep, d, w), a.k_norm = floats(keep, d, w), a.inv_freq = floats(keep, d, 32);
+    a.o = floats(keep, d, t, heads * w);
+    const int64_t one = kv * context * w;
+    keep.push_back(d.alloc(static_cast<size_t>(2 * one * 2 * layers), "cache"));
+    uint16_t* cache = static_cast<uint16_t*>(keep.back().data());
+    fill_weights(reinterpret_cast<uint8_t*>(cache), DType::BF16, 2 * one * layers, 1, 0);
+    const StepParams step{static_cast<int32_t>(context - t), static_cast<int32_t>(t)};
+    a.heads = heads, a.kv_heads = kv, a.step = &step;
+    char name[40];
+    std::snprintf(name, sizeof name, "attention at %lld", static_cast<long long>(context));
+    return time(name, t, 4.0 * static_cast<double>(one), layers, [&](int c) {
+      a.k_cache = view(cache + 2 * c * one, DType::BF16, kv, context, w), a.v_cache = view(cache + (2 * c + 1) * one, DType::BF16, kv, context, w);
+      d.attention(a);
+    });
+  }
+
+  void token(const char* title, Format rest, int64_t t) {
+    std::printf("\n%s, act %s\n", title, name(act));
+    const double delta_layer = matmul("norm_matmul qkvz 12288x2048", rest, t, 12288, 2048) + delta(t) + out("gated_norm_matmul 2048x4096", rest, t);
+    const double attention_layer = matmul("norm_matmul qgkv 9216x2048", rest, t, 9216, 2048) + attention(t, 4096) + out("gate_matmul (as above) 2048x4096", rest, t);
+    const double experts = moe({DType::INT4, 128}, rest, t), head = matmul("head 151936x2048", rest, t == 1 ? 1 : std::min<int64_t>(t, 4), 151936, 2048);
+    const double ms = 36 * delta_layer + 12 * attention_layer + 48 * experts + head;
+    std::printf("%s: whole model T=%lld: %.1f ms, %.2f tok/s\n", title, static_cast<long long>(t), ms, 1e3 * static_cast<double>(t) / ms);
+  }
+};
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  const int threads = argc > 1 ? std::atoi(argv[1]) : 0;
+  const std::string level = argc > 2 ? argv[2] : "auto";
+  std::stringstream list(argc > 3 ? argv[3] : "1");
+  const Isa isa = level == "scalar" ? Isa::Scalar : level == "avx2" ? Isa::Avx2 : level == "avx512" ? Isa::Avx512 : Isa::Auto;
+  const auto device = make_cpu_device(threads, isa);
+  OpLimits l;
+  l.tokens = 512, l.width = 4096, l.experts = 512, l.chosen = 10, l.expert_width = 512, l.model_width = 2048;
+  l.heads = 16, l.context = 65536, l.value_heads = 32, l.key_heads = 16, l.key_dim = 128, l.value_dim = 128;
+  device->reserve(l);
+  const double bandwidth = cpu_read_bandwidth(threads);
+  std::printf("%s, reads %.1f GB/s\n", device->name().c_str(), bandwidth / 1e9);
+  for (std::string t; std::getline(list, t, ',');) {
+    Benchmark b{*device, bandwidth, Act::INT8};
+    b.token("INT4 g128 experts, BF16 rest", {DType::BF16, 0}, std::atoi(t.c_str()));
+    b.token("INT4 g128 experts, INT8 g128 rest", {DType::INT8, 128}, std::atoi(t.c_str()));
+  }
+}

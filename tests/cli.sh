@@ -1,0 +1,231 @@
+#!/bin/sh
+# The programs as a user meets them: exit codes, one-line errors, what goes to stdout, conversations by pipe.
+# usage: cli.sh FOLDER-OF-PROGRAMS STORIES   (STORIES: the trained test model, a Hugging Face folder or a .qn file)
+bin=$(cd "$1" && pwd) || exit 1
+stories=$2
+data=$(cd "$(dirname "$0")/data" && pwd) || exit 1
+tmp=$(mktemp -d) || exit 1
+trap 'rm -rf "$tmp"' EXIT
+cli=$bin/qnext-cli
+tests=0 bad=0
+
+fault() { echo "FAILED: $*"; bad=$((bad + 1)); }
+same() { tests=$((tests + 1)); [ "$2" = "$3" ] || fault "$1: expected [$2], got [$3]"; }
+differ() { tests=$((tests + 1)); [ "$2" != "$3" ] || fault "$1: got [$2] twice"; }
+has() { tests=$((tests + 1)); grep -q -e "$2" "$3" || fault "$1: no /$2/ in: $(cat "$3")"; }
+lacks() { tests=$((tests + 1)); ! grep -q -e "$2" "$3" || fault "$1: /$2/ in: $(cat "$3")"; }
+# refused CODE PATTERN COMMAND...: exit code, nothing on stdout, exactly one line on stderr, which names the program
+refused() {
+  code=$1 pattern=$2
+  shift 2
+  "$@" >"$tmp/out" 2>"$tmp/err" </dev/null
+  same "exit code of $*" "$code" $?
+  same "stdout of $*" "" "$(cat "$tmp/out")"
+  same "lines on stderr of $*" 1 "$(wc -l <"$tmp/err" | tr -d ' ')"
+  has "stderr of $*" "^$(basename "$1"): .*$pattern" "$tmp/err"
+}
+
+m=$tmp/stories.qn
+if [ -d "$stories" ]; then
+  "$bin/qnext-convert" "$stories" -o "$m" >"$tmp/log" 2>&1 || { cat "$tmp/log"; exit 1; }
+else
+  cp "$stories" "$m" || exit 1
+fi
+say() { "$cli" -m "$m" --temp 0 "$@" 2>"$tmp/err" </dev/null; }
+question="What is 2 plus 3?"
+
+# ---- bad usage: 2, bad input: 1
+refused 2 "required" "$cli" -p x
+refused 2 "bogus" "$cli" -m "$m" --bogus
+refused 2 "extra" "$cli" -m "$m" -p x extra
+refused 2 "excludes" "$cli" -m "$m" -p x -f y
+refused 2 "excludes" "$cli" -m "$m" --raw --system x -p y
+refused 2 "excludes" "$cli" -m "$m" --chat -p x
+refused 2 "temp.*number.*abc" "$cli" -m "$m" -p x --temp abc
+refused 2 "top-p.*7" "$cli" -m "$m" -p x --top-p 7
+refused 2 "seed" "$cli" -m "$m" -p x --seed -1
+refused 2 "tokens" "$cli" -m "$m" -p x -n -5
+refused 2 "threads.*0" "$cli" -m "$m" -p x --threads 0
+refused 2 "ram.*24X" "$cli" -m "$m" -p x --ram 24X
+refused 2 "act.*f64" "$cli" -m "$m" -p x --act f64
+refused 1 "none.qn" "$cli" -m "$tmp/none.qn" -p x
+refused 1 "none.txt" "$cli" -m "$m" -f "$tmp/none.txt"
+refused 1 "none.json" "$cli" -m "$m" --tools "$tmp/none.json" -p x
+refused 1 "device" "$cli" -m "$m" --device tpu -p x
+refused 1 "empty" "$cli" -m "$m" -p ""
+refused 1 "empty" "$cli" -m "$m"
+refused 1 "ctx" "$cli" -m "$m" --ctx 8 -p "A prompt that is certainly longer than eight tokens, is it not?"
+refused 1 "array" "$cli" -m "$m" --tools "$stories/config.json" -p x
+head -c 100000 "$m" >"$tmp/short.qn"
+refused 1 "short.qn" "$cli" -m "$tmp/short.qn" -p x
+echo '{"text": 3}' >"$tmp/bad.jsonl"
+"$cli" -m "$m" --tokenize <"$tmp/bad.jsonl" >"$tmp/out" 2>"$tmp/err"
+same "exit code of a bad line" 1 $?
+has "a bad line" "^qnext-cli: .*line 1" "$tmp/err"
+refused 2 "required" "$bin/qnext-perplexity" -m "$m"
+refused 2 "stride" "$bin/qnext-perplexity" -m "$m" -f x --window 64 --stride 65
+refused 1 "none.txt" "$bin/qnext-perplexity" -m "$m" -f "$tmp/none.txt"
+"$cli" --help >"$tmp/out" && has "help" "--min-p" "$tmp/out" && has "help" "--threads" "$tmp/out"
+same "version" "qnext-cli" "$("$cli" --version | cut -d ' ' -f 1)"
+"$cli" --list-devices >"$tmp/out" && has "devices" "^ref" "$tmp/out"
+"$cli" -m "$m" --info >"$tmp/out" && has "info" "^layers  *8$" "$tmp/out"
+
+# ---- one answer: only its words on stdout, nothing else anywhere
+answer=$(say -p "$question")
+same "an answer's exit code" 0 $?
+differ "an answer" "" "$answer"
+same "stderr beside an answer" "" "$(cat "$tmp/err")"
+say -p "$question" -v >/dev/null
+has "-v" "^prompt [0-9]* tokens (0 reused).* answer [0-9]* tokens" "$tmp/err"
+say -p "$question" --show-prompt >/dev/null
+has "--show-prompt" "^<|im_start|>assistant" "$tmp/err"
+same "a prompt by stdin" "$answer" "$(echo "$question" | "$cli" -m "$m" --temp 0)"
+echo "$question" >"$tmp/question.txt"
+same "a prompt from a file" "$answer" "$(say -f "$tmp/question.txt")"
+same "-n 0" "" "$(say -p "$question" -n 0)"
+differ "the system message is read" "$(say -p "What is 75 plus 97?" --json | sed 's/.*"prompt_tokens":\([0-9]*\).*/\1/')" \
+  "$(say -p "What is 75 plus 97?" --system "You tell stories for children." --json | sed 's/.*"prompt_tokens":\([0-9]*\).*/\1/')"
+
+# --json is valid for our strict reader (which takes its "text") and says the same
+say -p "$question" --json --seed 77 >"$tmp/json"
+same "lines of --json" 1 "$(wc -l <"$tmp/json" | tr -d ' ')"
+"$cli" -m "$m" --tokenize <"$tmp/json" | "$cli" -m "$m" --detokenize >"$tmp/text" || fault "--json does not parse: $(cat "$tmp/json")"
+same "--json and text" "{\"text\":\"$answer\"}" "$(cat "$tmp/text")"
+for member in '"finish":"end"' '"seed":77' '"prompt_tokens":[1-9]' '"reused_tokens":0' '"generated_tokens":[1-9]' '"tool_calls":\[\]' '"generate_tokens_per_second":[0-9]'; do
+  has "--json" "$member" "$tmp/json"
+done
+say -p "$question" --json -n 2 >"$tmp/json"
+has "-n 2" '"finish":"length".*"generated_tokens":2' "$tmp/json"
+
+# --stop: the text up to it, and not further
+word=$(echo "$answer" | cut -d ' ' -f 3)
+same "--stop" "${answer%%"$word"*}" "$(say -p "$question" --stop nowhere --stop "$word")"
+say -p "$question" --stop "$word" --json >"$tmp/json"
+has "--stop" '"finish":"stop"' "$tmp/json"
+
+# seeds
+draw() { "$cli" -m "$m" -p "Tell me a story." -n 24 --temp 1.2 --top-p 1 --top-k 0 --seed "$1" </dev/null; }
+one=$(draw 1)
+same "one seed" "$one" "$(draw 1)"
+differ "two seeds" "$one" "$(draw 2)"
+
+# --raw, and a base model, which can do nothing else
+raw=$(say --raw -p "Once upon a time" -n 12)
+differ "--raw" "" "$raw"
+same "--raw by stdin" "$raw" "$(printf 'Once upon a time' | "$cli" -m "$m" --temp 0 --raw -n 12)"
+if [ -d "$stories" ]; then
+  "$bin/qnext-convert" "$stories" -o "$tmp/base.qn" --chat none --no-mtp >/dev/null 2>&1 || fault "converting with --chat none"
+  same "a base model continues" "$raw" "$("$cli" -m "$tmp/base.qn" --temp 0 -p "Once upon a time" -n 12 </dev/null)"
+  refused 1 "base" "$cli" -m "$tmp/base.qn" --chat
+  refused 1 "base" "$cli" -m "$tmp/base.qn" --system x -p y
+
+  # thoughts: shown on request and kept apart
+  "$bin/qnext-convert" "$stories" -o "$tmp/thinks.qn" --chat thinking >/dev/null 2>&1 || fault "converting with --chat thinking"
+  "$cli" -m "$tmp/thinks.qn" --temp 0 -p "What is 75 plus 97?" -v >"$tmp/out" 2>"$tmp/err" </dev/null
+  "$cli" -m "$tmp/thinks.qn" --temp 0 -p "What is 75 plus 97?" --json >"$tmp/json" </dev/null
+  has "a thought in --json" '"reasoning":"[^"]' "$tmp/json"
+  thought=$(sed 's/.*"reasoning":"\([^"\\]*\).*/\1/' "$tmp/json")
+  has "a thought with -v" "$thought" "$tmp/err"
+  same "the answer after a thought" "$(sed 's/^{"text":"\([^"]*\)".*/\1/' "$tmp/json")" "$(cat "$tmp/out")"
+  lacks "stdout after a thought" "think>" "$tmp/out"
+
+  # a file with a tokenizer only
+  "$bin/qnext-convert" --tokenizer-only "$stories" -o "$tmp/words.qn" >/dev/null 2>&1 || fault "--tokenizer-only"
+  same "--tokenize without weights" "$(echo '{"text":"A b<|im_end|>"}' | "$cli" -m "$m" --tokenize)" "$(echo '{"text":"A b<|im_end|>"}' | "$cli" -m "$tmp/words.qn" --tokenize)"
+  refused 1 "words.qn" "$cli" -m "$tmp/words.qn" -p x
+fi
+
+# ---- tokens and back
+cat >"$tmp/lines.jsonl" <<'END'
+{"text":"Hello, world! 2025 <|im_start|>user\n<think> \"quoted\" \\ \t end"}
+{"text":""}
+{"text":"grüße 你好 😀"}
+END
+"$cli" -m "$m" --tokenize <"$tmp/lines.jsonl" >"$tmp/ids.jsonl"
+same "lines of ids" 3 "$(grep -c '^{"ids":\[[0-9,]*\]}$' "$tmp/ids.jsonl")"
+"$cli" -m "$m" --detokenize <"$tmp/ids.jsonl" >"$tmp/back.jsonl"
+cmp -s "$tmp/lines.jsonl" "$tmp/back.jsonl" || fault "text to ids to text: $(cat "$tmp/back.jsonl")"
+
+# ---- conversations by pipe
+chat() { "$cli" -m "$m" --temp 0 --chat --seed 1 "$@" 2>"$tmp/err"; }
+first="Tell me a story about a fox."
+second="What was the name of the fox?"
+printf '%s\n%s\n' "$first" "$second" | chat >"$tmp/two"
+a1=$(sed -n 1p "$tmp/two") a2=$(sed -n 2p "$tmp/two")
+same "lines of two answers" 2 "$(wc -l <"$tmp/two" | tr -d ' ')"
+same "the second turn prefills only what is new" 1 "$(grep -c '^prompt [0-9]* tokens ([1-9][0-9]* reused)' "$tmp/err")"
+same "a first turn and one shot" "$(say -p "$first")" "$a1"
+printf '%s\n%s\n/undo\n%s\n' "$first" "$second" "$second" | chat >"$tmp/out"
+same "/undo" "$a1
+$a2
+$a2" "$(cat "$tmp/out")"
+printf '%s\n/regen\n%s\n/regen\n' "$first" "$second" | chat >"$tmp/out"
+same "/regen" "$a1
+$a1
+$a2
+$a2" "$(cat "$tmp/out")"
+printf '%s\n/clear\n%s\n' "$first" "$first" | chat >"$tmp/out"
+same "/clear" "$a1
+$a1" "$(cat "$tmp/out")"
+printf '/help\n/nonsense\n/set top-p 9\n/undo\n/regen\n\n%s\n/exit\n%s\n' "$first" "$first" | chat >"$tmp/out"
+same "commands say nothing on stdout, /exit ends" "$a1" "$(cat "$tmp/out")"
+has "/help" "/system TEXT" "$tmp/err"
+has "an unknown command" "/nonsense" "$tmp/err"
+has "a bad setting" "qnext-cli: .*top-p" "$tmp/err"
+printf '/set temp 1.2\n/set top-k 0\n/set top-p 1\n/set seed 1\n%s\n/regen\n' "$first" | chat -n 24 >"$tmp/out"
+differ "/regen draws again" "$(sed -n 1p "$tmp/out")" "$(sed -n 2p "$tmp/out")"
+printf '/read %s\n' "$tmp/question.txt" | chat --json >"$tmp/out"
+has "/read and --json" '"text":"[^"].*"finish":"end"' "$tmp/out"
+printf '%s\n%s\n' "$first" "$second" | chat --ctx 64 >"$tmp/out"
+has "a full context" "the context is full" "$tmp/err"
+has "a full context" "qnext-cli: .*--ctx" "$tmp/err"
+
+# Ctrl-C stops the answer and keeps the conversation (on the slow device, so that there is time to)
+mkfifo "$tmp/keys"
+"$cli" -m "$m" --temp 0 --chat --device ref <"$tmp/keys" >"$tmp/stopped" 2>"$tmp/stopped.err" &
+pid=$!
+exec 3>"$tmp/keys"
+echo "$first" >&3
+tries=0
+while [ ! -s "$tmp/stopped" ] && [ $tries -lt 300 ]; do sleep 0.05; tries=$((tries + 1)); done
+kill -INT $pid
+tries=0
+while ! grep -q stopped "$tmp/stopped.err" && [ $tries -lt 300 ]; do sleep 0.05; tries=$((tries + 1)); done
+printf '%s\n/exit\n' "$question" >&3
+exec 3>&-
+wait $pid
+same "exit code after Ctrl-C" 0 $?
+has "Ctrl-C" "; stopped" "$tmp/stopped.err"
+same "answers after Ctrl-C" 2 "$(wc -l <"$tmp/stopped" | tr -d ' ')"
+differ "the stopped answer" "$a1" "$(sed -n 1p "$tmp/stopped")"
+
+# ---- a reader that goes away, a stdout that never was: a quiet end
+{ say -p "$first"; echo $? >"$tmp/code"; } | head -c 3 >/dev/null
+same "a broken pipe" "0:" "$(cat "$tmp/code"):$(cat "$tmp/err")"
+say -p "$question" >&-
+same "a closed stdout" "0:" "$?:$(cat "$tmp/err")"
+
+# ---- qnext-perplexity: the verdict is the exit code
+if [ -d "$data/tiny" ]; then
+  "$bin/qnext-convert" "$data/tiny" -o "$tmp/tiny.qn" --experts bf16 >/dev/null 2>&1 || fault "converting tiny"
+  check="$bin/qnext-perplexity -m $tmp/tiny.qn --check $data/tiny/expected-0.safetensors"
+  for device in ref cpu; do
+    $check --device $device --act f32 >"$tmp/out" 2>&1
+    same "--check on $device" 0 $?
+    has "--check on $device" "greedy *40 of 40 equal" "$tmp/out"
+    has "--check on $device" "MTP logits *max" "$tmp/out"
+  done
+  $check --act f32 --tol 0 >"$tmp/out" 2>&1
+  same "--tol 0" 1 $?
+  $check --act f32 --json >"$tmp/out" 2>&1
+  has "--check --json" '^{"ok":true,"results":\[{.*}\]}$' "$tmp/out"
+fi
+head -c 2000 "$data/../cli.sh" >"$tmp/text.txt"
+"$bin/qnext-perplexity" -m "$m" -f "$tmp/text.txt" --limit 300 --window 128 --stride 64 --against "$m" >"$tmp/out" 2>&1
+same "--against itself" 0 $?
+has "--against itself" "over 299 tokens in 4 windows" "$tmp/out"
+has "--against itself" "KL divergence *mean 0," "$tmp/out"
+has "--against itself" "top-1 equal *100.000 %" "$tmp/out"
+
+echo "$tests checks, $bad failed"
+[ $bad -eq 0 ]

@@ -1,0 +1,302 @@
+// The whole model, end to end: our numbers are transformers' numbers, however the sequence is cut, gone back on or repeated.
+#include <doctest/doctest.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+
+#include "ggml-lite/base/safetensors.h"
+#include "qnext.h"
+#include "tests/close.h"
+#include "tests/models.h"
+
+namespace {
+
+using namespace qnext;
+using qn::DType;
+using qn::SafeTensors;
+using qn::TestModels;
+using Floats = std::vector<float>;
+using Ids = std::vector<int32_t>;
+
+Options options(const char* device, const char* act = "f32") {
+  Options o;
+  o.device = device, o.act = act, o.threads = 2;
+  return o;
+}
+
+double worst(std::span<const float> a, std::span<const float> b) {
+  REQUIRE(a.size() == b.size());
+  double w = 0;
+  for (size_t i = 0; i < a.size(); i++) {
+    REQUIRE(qn::finite_bits(a[i]));
+    w = std::max(w, std::fabs(static_cast<double>(a[i]) - b[i]));
+  }
+  return w;
+}
+
+int32_t best(std::span<const float> l) { return qn::argmax(l); }
+
+// Teacher-forced over the expected greedy tokens: ours is the same wherever theirs led by at least `gap`.
+void check_greedy(Session& s, const Ids& greedy, const Floats& gaps, float gap, const std::string& what) {
+  for (size_t i = 0; i < greedy.size(); i++) {
+    if (gaps[i] >= gap) CHECK_MESSAGE(best(s.logits()) == greedy[i], what, ": greedy token ", i, ", gap ", gaps[i]);
+    s.step(greedy[i]);
+  }
+}
+
+void check_expected(const std::string& model, const std::string& expected, const char* device) {
+  const std::string what = model + " " + expected + " on " + device;
+  const auto file = SafeTensors::open_file(std::string(QN_TEST_DATA) + "/" + model + "/" + expected);
+  const Ids tokens = file.read_i32("tokens");
+  const Floats logits = file.read_f32("logits"), mtp = file.read_f32("mtp_logits"), hidden = file.read_f32("hidden_last_token");
+  Options o = options(device);
+  o.mtp = true;
+  Engine e = Engine::open(TestModels::get().path(model), o);
+  const auto v = static_cast<size_t>(e.info().vocab), d = static_cast<size_t>(e.info().width);
+  Floats got_mtp, got_hidden(hidden.size());
+  e.trace([&](int layer, std::string_view name, std::span<const float> x, int, int) {
+    if (name == "mtp_logits") got_mtp.insert(got_mtp.end(), x.begin(), x.end());
+    const int entry = name == "embed" ? 0 : name == "layer" && layer + 1 < e.info().layers ? layer + 1 : name == "final_norm" ? e.info().layers : -1;
+    if (entry >= 0) std::copy(x.end() - static_cast<std::ptrdiff_t>(d), x.end(), got_hidden.begin() + entry * static_cast<std::ptrdiff_t>(d));
+  });
+  Session s(e);
+  Floats got;
+  s.sync_all(tokens, [&](int position, std::span<const float> l) {
+    REQUIRE(position * v == got.size());
+    got.insert(got.end(), l.begin(), l.end());
+  });
+  e.trace({});
+  const double dl = worst(got, logits), dm = worst(got_mtp, mtp), dh = worst(got_hidden, hidden);
+  CHECK_MESSAGE(dl <= 1e-3, what, ": logits ", dl);
+  CHECK_MESSAGE(dm <= 1e-3, what, ": MTP logits ", dm);
+  CHECK_MESSAGE(dh <= 1e-3, what, ": hidden ", dh);
+  MESSAGE(what, ": max |dlogit| ", dl, ", MTP ", dm, ", hidden ", dh);
+  check_greedy(s, file.read_i32("greedy"), file.read_f32("greedy_gap"), 0, what);
+}
+
+}  // namespace
+
+TEST_CASE("tiny models agree with transformers in float32") {
+  for (const char* device : {"ref", "cpu"}) {
+    check_expected("tiny", "expected-0.safetensors", device);
+    check_expected("tiny", "expected-1.safetensors", device);
+    check_expected("tiny-yarn", "expected-0.safetensors", device);
+    check_expected("tiny-fp8", "expected-0.safetensors", device);
+  }
+}
+
+TEST_CASE("stories: perplexity and greedy answers are transformers'") {
+  const auto file = SafeTensors::open_file(std::string(QN_STORIES) + "/expected.safetensors");
+  Engine e = Engine::open(TestModels::get().path("stories"), options("cpu"));
+  const Ids all = file.read_i32("ppl.tokens");
+  const Floats nll = file.read_f32("ppl.nll");
+  double sum = 0, expected = 0;
+  for (size_t w = 0; w < 4; w++) {
+    Session s(e);
+    const Ids tokens(all.begin() + static_cast<std::ptrdiff_t>(w * 1024), all.begin() + static_cast<std::ptrdiff_t>(w * 1024 + 1024));
+    s.sync_all(tokens, [&](int position, std::span<const float> l) {
+      if (position == 1023) return;
+      double z = 0;
+      const float top = *std::ranges::max_element(l);
+      for (float x : l) z += std::exp(static_cast<double>(x) - top);
+      const double mine = std::log(z) + top - l[static_cast<size_t>(tokens[static_cast<size_t>(position) + 1])];
+      const size_t i = w * 1023 + static_cast<size_t>(position);
+      CHECK(std::fabs(mine - nll[i]) < 2e-3);
+      sum += mine, expected += nll[i];
+    });
+  }
+  const double ppl = std::exp(sum / 4092);
+  MESSAGE("perplexity ", ppl);
+  CHECK(std::fabs(ppl / 1.722153 - 1) < 1e-3);
+  CHECK(std::fabs(ppl / std::exp(expected / 4092) - 1) < 1e-5);
+  for (int p = 0; p < 6; p++) {
+    const std::string name = "p" + std::to_string(p);
+    Session s(e);
+    s.sync(file.read_i32(name + ".tokens"));
+    CHECK(worst(s.logits(), file.read_f32(name + ".logits_last")) <= 1e-3);
+    check_greedy(s, file.read_i32(name + ".greedy"), file.read_f32(name + ".greedy_gap"), 1e-4f, name);
+  }
+}
+
+TEST_CASE("rounded activations stay close on stories") {
+  const auto file = SafeTensors::open_file(std::string(QN_STORIES) + "/expected.safetensors");
+  for (const char* act : {"bf16", "int8"})
+    for (const auto& [experts, group] : {std::pair{DType::BF16, 0}, {DType::INT8, 0}, {DType::INT4, 32}}) {
+      Engine e = Engine::open(TestModels::get().path("stories", experts, DType::BF16, group), options("cpu", act));
+      for (int p : {2, 3, 5}) {
+        const std::string name = "p" + std::to_string(p);
+        Session s(e);
+        s.sync(file.read_i32(name + ".tokens"));
+        check_greedy(s, file.read_i32(name + ".greedy"), file.read_f32(name + ".greedy_gap"), experts == DType::INT4 ? 1.f : 0.1f,
+                     std::string(act) + " " + qn::name(experts) + " " + name);
+      }
+    }
+}
+
+static Ids some_tokens(int n, int vocab) {
+  Ids t;
+  for (int i = 0; i < n; i++) t.push_back((i * 7919 + i * i * 31 + 5) % vocab);
+  return t;
+}
+
+// Largest difference relative to the largest logit
+static double relative(std::span<const float> a, std::span<const float> b) {
+  double top = 0;
+  for (float x : b) top = std::max(top, std::fabs(static_cast<double>(x)));
+  return worst(a, b) / top;
+}
+
+TEST_CASE("one prefill equals any split of it and token by token") {
+  for (const char* device : {"ref", "cpu"}) {
+    Engine e = Engine::open(TestModels::get().path("tiny"), options(device));
+    const Ids tokens = some_tokens(150, e.info().vocab);
+    Session whole(e);
+    whole.sync(tokens);
+    const Floats want(whole.logits().begin(), whole.logits().end());
+    auto split = [&](std::vector<int> cuts) {
+      Session s(e);
+      for (int c : cuts) s.sync(std::span(tokens).first(static_cast<size_t>(c)));
+      s.sync(tokens);
+      CHECK(s.position() == 150);
+      CHECK_MESSAGE(relative(s.logits(), want) <= 1e-5, device, ": split at ", cuts[0]);
+    };
+    for (int at : {1, 2, 3, 4, 5, 62, 63, 64, 65, 66, 127, 128, 129, 148, 149}) split({at});
+    split({1, 2, 3, 4, 67, 68, 131, 132});
+    split({63, 126});
+    split({65, 130});
+    Session s(e);
+    s.sync(std::span(tokens).first(1));
+    for (int i = 1; i < 150; i++) s.step(tokens[static_cast<size_t>(i)]);
+    CHECK(relative(s.logits(), want) <= 1e-5);
+  }
+}
+
+TEST_CASE("rows of a step do not depend on its size, nor on the number of threads") {
+  for (const char* act : {"f32", "bf16", "int8"}) {
+    const std::string path = TestModels::get().path("stories", DType::INT4, DType::INT8, 32);
+    Options o = options("cpu", act);
+    Engine e = Engine::open(path, o);
+    const Ids tokens = some_tokens(70, 1165);
+    Session one(e);
+    std::vector<Floats> want;
+    one.sync(std::span(tokens).first(1));
+    for (int i = 1; i < 70; i++) {
+      want.emplace_back(one.logits().begin(), one.logits().end());
+      one.step(tokens[static_cast<size_t>(i)]);
+    }
+    want.emplace_back(one.logits().begin(), one.logits().end());
+    for (int n : {2, 3, 4, 5, 6, 7, 8, 70}) {
+      o.threads = n % 3 + 1;
+      o.ubatch = n;
+      Engine other = Engine::open(path, o);
+      Session s(other);
+      s.sync_all(tokens, [&](int position, std::span<const float> l) {
+        REQUIRE_MESSAGE(std::memcmp(l.data(), want[static_cast<size_t>(position)].data(), l.size_bytes()) == 0, act, ": position ", position, " in steps of ", n);
+      });
+      CHECK(s.state_hash() == one.state_hash());
+    }
+  }
+}
+
+TEST_CASE("going back and forth restores the state bit for bit") {
+  Engine e = Engine::open(TestModels::get().path("stories"), options("cpu", "int8"));
+  const Ids first = e.chat_tokens(std::vector<Message>{{"user", "Tell me a story about a cat.", {}, {}, {}}}, {});
+  GenerateParams p;
+  p.max_tokens = 20;
+  Session s(e);
+  s.sync(first);
+  const uint64_t after_prompt = s.state_hash();
+  const GenerateResult a = s.generate(p, {});
+  const uint64_t after_answer = s.state_hash();
+  const Ids whole = s.tokens();
+  CHECK(whole.size() == first.size() + a.ids.size());
+
+  SUBCASE("regenerate") {
+    const SyncResult r = s.sync(first);
+    CHECK(r.prefilled == 0);  // from the checkpoint at the end of the prompt
+    CHECK(s.state_hash() == after_prompt);
+    CHECK(s.generate(p, {}).ids == a.ids);
+    CHECK(s.state_hash() == after_answer);
+  }
+  SUBCASE("undo a second turn") {
+    Ids second = whole;
+    for (int32_t id : e.tokenize("<|im_end|>\n<|im_start|>user\nWho?<|im_end|>\n<|im_start|>assistant\n", true)) second.push_back(id);
+    CHECK(s.sync(second).reused == static_cast<int>(whole.size()));
+    s.generate(p, {});
+    s.sync(whole);
+    CHECK(s.state_hash() == after_answer);
+  }
+  SUBCASE("clear, and the same prompt again in the same and in a new session") {
+    s.clear();
+    CHECK(s.position() == 0);
+    s.sync(first);
+    CHECK(s.state_hash() == after_prompt);
+    Session fresh(e);
+    fresh.sync(first);
+    CHECK(fresh.state_hash() == after_prompt);
+  }
+  SUBCASE("rewind reaches a checkpoint at or before the place asked for") {
+    CHECK(s.rewind(static_cast<int>(first.size()) + 3) == static_cast<int>(first.size()));
+    CHECK(s.state_hash() == after_prompt);
+    CHECK(s.rewind(1) == 0);
+  }
+  SUBCASE("a stop string rolls back to the last token delivered whole") {
+    const std::string text = e.detokenize(a.ids);
+    GenerateParams q = p;
+    q.stop = {text.substr(10, 8)};  // begins inside the text, spans tokens
+    s.sync(first);
+    std::string seen;
+    const GenerateResult b = s.generate(q, [&](const Delivery& d) { return seen += d.text, true; });
+    CHECK(b.finish == Finish::StopString);
+    CHECK(seen == text.substr(0, 10));
+    CHECK(b.text == seen);
+    CHECK(e.detokenize(b.ids).size() <= seen.size());
+    CHECK(s.position() == static_cast<int>(first.size() + b.ids.size()));
+    Session plain(e);
+    Ids prefix = first;
+    prefix.insert(prefix.end(), b.ids.begin(), b.ids.end());
+    plain.sync(prefix);
+    CHECK(plain.state_hash() == s.state_hash());
+  }
+  SUBCASE("an interrupted answer goes on where it stopped") {
+    s.sync(first);
+    int n = 0;
+    GenerateResult b = s.generate(p, [&](const Delivery&) { return ++n < 7; });
+    CHECK(b.finish == Finish::Interrupted);
+    CHECK(b.ids.size() == 7);
+    GenerateParams rest = p;
+    rest.max_tokens = 13;
+    const GenerateResult c = s.generate(rest, {});
+    b.ids.insert(b.ids.end(), c.ids.begin(), c.ids.end());
+    CHECK(b.ids == a.ids);
+    CHECK(s.state_hash() == after_answer);
+  }
+}
+
+TEST_CASE("what does not fit or is wrong is refused with one line") {
+  const std::string path = TestModels::get().path("tiny");
+  auto refused = [&](Options o, const char* word) {
+    try {
+      Engine::open(path, o);
+      FAIL("opened");
+    } catch (const Error& e) {
+      CHECK_MESSAGE(std::string(e.what()).find(word) != std::string::npos, e.what());
+    }
+  };
+  Options o = options("cpu");
+  o.ram = 1 << 20;
+  refused(o, "--ctx");
+  o = options("cpu");
+  o.ctx = 5000;
+  refused(o, "4096");
+  o = options("tpu");
+  refused(o, "--device");
+  Engine e = Engine::open(path, options("ref"));
+  Session s(e);
+  CHECK_THROWS_AS(s.sync(Ids{}), Error);
+  CHECK_THROWS_AS(s.sync(Ids{320}), Error);
+  CHECK_THROWS_AS(s.sync(Ids{-1}), Error);
+  CHECK_THROWS_AS(s.generate({}, {}), Error);
+  CHECK_THROWS_AS(e.tokenize("x", false), Error);
+}

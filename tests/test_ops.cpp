@@ -1,0 +1,443 @@
+// One table of operations: op x weight format x activation rounding x shape, run on every device and compared with ref.
+//
+//   A case builds its inputs from a seed, runs one operation on a device and returns its outputs as floats. Every buffer that an
+//   operation writes lies between guard words. The outputs of ref, mutated in the ways kernels go wrong (zeroed, negated, shifted
+//   by one row, last tile missing, nothing done), must fail the very comparison that the device has to pass.
+//
+//   Bounds. fp32 sums of K products err by about sqrt(K) * 2^-24 of their scale: nmse 1e-10 is two decades above that for K <= 4096.
+//   With rounded activations, inputs computed inside an operation (after its norm) may differ by one fp32 ulp between devices and then
+//   fall on the other side of a rounding boundary: that moves single codes by one step (2^-8 or 1/127 of a value), rarely; nmse
+//   1e-6, still four decades below what losing one tile of sixteen costs.
+#include <doctest/doctest.h>
+
+#include <cstring>
+#include <functional>
+#include <memory>
+#include <random>
+
+#include "ggml-lite/base/check.h"
+#include "ggml-lite/core/codec.h"
+#include "ggml-lite/core/device.h"
+#include "ggml-lite/cpu/cpu.h"
+#include "ggml-lite/ref/ref.h"
+#include "tests/close.h"
+
+namespace {
+
+using namespace qn;
+using Floats = std::vector<float>;
+
+struct Output {
+  std::string name;
+  Floats before, after;  // before: what lay there when the operation began (in/out tensors), else empty
+  int64_t row;           // values per row
+};
+using Outputs = std::vector<Output>;
+
+// Memory of one run of one case.
+class Bench {
+ public:
+  Bench(Device& device, uint32_t seed) : device_(device), random_(seed) {}
+  ~Bench() { device_.sync(); }
+
+  float normal(float sd) { return std::normal_distribution<float>(0, sd)(random_); }
+  float uniform(float lo, float hi) { return std::uniform_real_distribution<float>(lo, hi)(random_); }
+  Floats normals(int64_t n, float sd) {
+    Floats v(static_cast<size_t>(n));
+    for (float& x : v) x = normal(sd);
+    return v;
+  }
+
+  // Input of shape (d0, d1, d2)
+  Tensor in(const Floats& v, int64_t d0, int64_t d1 = 0, int64_t d2 = 0) { return put(v.data(), v.size() * 4, DType::F32, d0, d1, d2); }
+  Tensor in(const std::vector<int32_t>& v) { return put(v.data(), v.size() * 4, DType::I32, static_cast<int64_t>(v.size()), 0, 0); }
+  // (rows, width) as columns [at, at+width) of something wider filled with values that must not matter
+  Tensor slice_in(const Floats& v, int64_t rows, int64_t width, int64_t at, int64_t whole) {
+    Floats wide = normals(rows * whole, 100);
+    for (int64_t r = 0; r < rows; r++) std::copy_n(v.begin() + r * width, width, wide.begin() + r * whole + at);
+    return in(wide, rows, whole).columns(at, width);
+  }
+
+  // A weight matrix whose values have about the given standard deviation; every byte pattern a file may hold can occur.
+  Tensor weights(DType t, int64_t n, int64_t k, int group = 0, float sd = 0.05f) {
+    const std::vector<uint8_t> b = weight_bytes_random(t, n, k, group, sd);
+    Tensor w = put(b.data(), b.size(), DType::U8, static_cast<int64_t>(b.size()), 0, 0);
+    return weight(w.data, t, n, k, group);
+  }
+  Experts experts(DType t, int e, int64_t d, int64_t f, int group) {
+    Experts x;
+    x.dtype = t, x.group = static_cast<uint16_t>(group), x.count = e, x.d = d, x.f = f;
+    const ExpertLayout l = x.layout();
+    std::vector<uint8_t> all(static_cast<size_t>(e * l.stride), 0xee);  // padding is never read
+    for (int i = 0; i < e; i++) {
+      const auto up = weight_bytes_random(t, 2 * f, d, group, 0.05f), down = weight_bytes_random(t, d, f, group, 0.05f);
+      std::ranges::copy(up, all.begin() + i * l.stride);
+      std::ranges::copy(down, all.begin() + i * l.stride + l.down_offset);
+    }
+    x.data = static_cast<const uint8_t*>(put(all.data(), all.size(), DType::U8, static_cast<int64_t>(all.size()), 0, 0).data);
+    return x;
+  }
+
+  // Written by the operation: between guards, reported by finish(). `start` empty: filled with a value that must vanish.
+  Tensor out(const char* name, int64_t d0, int64_t d1 = 0, int64_t d2 = 0, Floats start = {}, DType type = DType::F32) {
+    const auto n = static_cast<size_t>(d0 * std::max<int64_t>(d1, 1) * std::max<int64_t>(d2, 1));
+    const bool inout = !start.empty();
+    if (!inout) start.assign(n, 7777.f);
+    std::vector<uint8_t> bytes(2 * kGuard + n * static_cast<size_t>(item_bytes(type)), 0xa5);
+    for (size_t i = 0; i < n; i++)
+      if (type == DType::BF16) reinterpret_cast<uint16_t*>(&bytes[kGuard])[i] = float_to_bf16(start[i]);
+      else reinterpret_cast<float*>(&bytes[kGuard])[i] = start[i];
+    buffers_.push_back(device_.alloc(bytes.size(), name));
+    device_.upload(buffers_.back().data(), bytes.data(), bytes.size());
+    const Tensor t = view(static_cast<uint8_t*>(buffers_.back().data()) + kGuard, type, d0, d1, d2);
+    outs_.push_back({{name, inout ? start : Floats(), {}, std::max<int64_t>(t.row_stride, 1)}, t, bytes.size()});
+    return t;
+  }
+  const StepParams* step(int pos, int n) {
+    const StepParams p{pos, n};
+    return static_cast<const StepParams*>(put(&p, sizeof p, DType::U8, sizeof p, 0, 0).data);
+  }
+
+  Outputs finish() {
+    device_.sync();
+    Outputs all;
+    for (Out& o : outs_) {
+      std::vector<uint8_t> bytes(o.bytes);
+      device_.download(bytes.data(), static_cast<uint8_t*>(o.t.data) - kGuard, bytes.size());
+      for (size_t i = 0; i < kGuard; i++) {
+        REQUIRE_MESSAGE(bytes[i] == 0xa5, o.report.name, ": wrote before its output");
+        REQUIRE_MESSAGE(bytes[bytes.size() - 1 - i] == 0xa5, o.report.name, ": wrote behind its output");
+      }
+      const size_t n = (o.bytes - 2 * kGuard) / static_cast<size_t>(item_bytes(o.t.dtype));
+      for (size_t i = 0; i < n; i++) {
+        float f;
+        int32_t v;
+        if (o.t.dtype == DType::BF16) f = bf16_to_float(reinterpret_cast<const uint16_t*>(&bytes[kGuard])[i]);
+        else if (o.t.dtype == DType::I32) std::memcpy(&v, &bytes[kGuard + 4 * i], 4), f = static_cast<float>(v + 1);
+        else std::memcpy(&f, &bytes[kGuard + 4 * i], 4);
+        o.report.after.push_back(f);
+      }
+      all.push_back(o.report);
+    }
+    return all;
+  }
+
+ private:
+  static constexpr size_t kGuard = 256;
+  struct Out {
+    Output report;
+    Tensor t;
+    size_t bytes;
+  };
+
+  Tensor put(const void* p, size_t bytes, DType t, int64_t d0, int64_t d1, int64_t d2) {
+    buffers_.push_back(device_.alloc(std::max<size_t>(bytes, 1), "input"));
+    device_.upload(buffers_.back().data(), p, bytes);
+    return view(buffers_.back().data(), t, d0, d1, d2);
+  }
+
+  std::vector<uint8_t> weight_bytes_random(DType t, int64_t n, int64_t k, int group, float sd) {
+    std::vector<uint8_t> b(static_cast<size_t>(weight_bytes(t, n, k, group)));
+    if (!is_t16(t)) {
+      for (int64_t i = 0; i < n * k; i++) {
+        const float v = normal(sd);
+        const uint16_t h = float_to_bf16(v);
+        if (t == DType::BF16) std::memcpy(&b[static_cast<size_t>(2 * i)], &h, 2);
+        else std::memcpy(&b[static_cast<size_t>(4 * i)], &v, 4);
+      }
+      return b;
+    }
+    const int64_t kp = round_up(k, kPadK);
+    std::vector<uint8_t> codes(static_cast<size_t>(16 * kp));
+    std::vector<uint16_t> scales(static_cast<size_t>(kp / group * 16));
+    for (int64_t p = 0; p < t16_panels(n); p++) {
+      for (int64_t r = 0; r < 16; r++)
+        for (int64_t c = 0; c < kp; c++) {
+          const bool real = p * 16 + r < n && c < k;
+          codes[static_cast<size_t>(r * kp + c)] = static_cast<uint8_t>(!real ? code_zero(t) : t == DType::INT4 ? random_() % 16 : 1 + random_() % 255);
+        }
+      for (uint16_t& s : scales) s = float_to_half(sd / (t == DType::INT4 ? 4.6f : 74.f) * uniform(0.5f, 1.5f) * (random_() % 4 ? 1.f : -1.f));
+      write_panel(t, k, group, codes.data(), scales.data(), &b[static_cast<size_t>(p * t16_panel_bytes(t, k, group))]);
+    }
+    return b;
+  }
+
+  Device& device_;
+  std::mt19937 random_;
+  std::vector<Buffer> buffers_;
+  std::vector<Out> outs_;
+};
+
+struct Case {
+  std::string name;  // re-run one with: qnext-tests -tc="operations*" -sc="<name>"
+  Act act;
+  std::function<void(Device&, Bench&)> run;
+};
+
+struct Format {
+  DType type;
+  int group;
+};
+const Format kFormats[] = {{DType::F32, 0},    {DType::BF16, 0},  {DType::INT8, 32},  {DType::INT8, 64},
+                           {DType::INT8, 128}, {DType::INT4, 32}, {DType::INT4, 64}, {DType::INT4, 128}};
+const Act kActs[] = {Act::F32, Act::BF16, Act::INT8};
+
+std::string label(const char* op, Format f, Act a, std::initializer_list<std::pair<const char*, int64_t>> dims) {
+  std::string s = std::string(op) + " " + name(f.type) + (f.group ? "g" + std::to_string(f.group) : "") + " act=" + name(a);
+  for (auto [k, v] : dims) s += std::string(" ") + k + "=" + std::to_string(v);
+  return s;
+}
+
+// Activations whose groups differ in scale, with outliers, as real ones have
+Floats activations(Bench& b, int64_t t, int64_t n) {
+  Floats x = b.normals(t * n, 1);
+  for (int64_t i = 0; i < t * n; i++) x[static_cast<size_t>(i)] *= i % 97 == 5 ? 12.f : (i / 128 % 3 + 0.25f);
+  return x;
+}
+Floats norm_weights(Bench& b, int64_t n) {
+  Floats w(static_cast<size_t>(n));
+  for (float& v : w) v = b.uniform(0.5f, 1.5f);
+  return w;
+}
+
+void norm_matmul_case(std::vector<Case>& out, Format f, Act act, int64_t t, int64_t k, int64_t n, bool norm) {
+  if (f.group && k % f.group) return;
+  out.push_back({label(norm ? "norm_matmul" : "matmul", f, act, {{"T", t}, {"K", k}, {"N", n}}), act, [=](Device& d, Bench& b) {
+                   NormMatmulArgs a;
+                   a.h = b.in(activations(b, t, k), t, k);
+                   if (norm) a.norm = b.in(norm_weights(b, k), k);
+                   a.act = act;
+                   a.w = b.weights(f.type, n, k, f.group);
+                   a.y = b.out("y", t, n);
+                   if (norm) {
+                     a.w_exact = b.weights(DType::BF16, 6, k);
+                     a.y_exact = b.out("y_exact", t, 6);
+                     a.normed = b.out("normed", t, k);
+                   }
+                   d.norm_matmul(a);
+                 }});
+}
+
+void delta_case(std::vector<Case>& out, int pos, int64_t t, int gk, int gv, int64_t dk, int64_t dv, DType conv) {
+  out.push_back({label("delta_net", {conv, 0}, Act::F32, {{"pos", pos}, {"T", t}, {"GK", gk}, {"GV", gv}, {"DK", dk}, {"DV", dv}}), Act::F32,
+                 [=](Device& d, Bench& b) {
+                   const int64_t ch = 2 * gk * dk + gv * dv;
+                   DeltaNetArgs a;
+                   a.qkv = b.slice_in(b.normals(t * ch, 1), t, ch, 0, ch + 32);
+                   a.ba = b.in(b.normals(t * 2 * gv, 2), t, 2 * gv);
+                   a.conv = b.weights(conv, ch, 4, 0, 0.5f);
+                   Floats na, dt;
+                   for (int h = 0; h < gv; h++) {  // from heads that forget in a token to heads that remember thousands
+                     na.push_back(-std::exp(b.uniform(-6, 2.7f)));
+                     dt.push_back(b.uniform(-6, 1));
+                   }
+                   a.neg_a = b.in(na, gv), a.dt_bias = b.in(dt, gv);
+                   Floats ring = pos ? b.normals(4 * ch, 1) : Floats(static_cast<size_t>(4 * ch));
+                   Floats state = pos ? b.normals(gv * dk * dv, 0.1f) : Floats(static_cast<size_t>(gv * dk * dv));
+                   a.conv_ring = b.out("ring", 4, ch, 0, ring);
+                   a.state = b.out("state", gv, dk, dv, state);
+                   a.o = b.out("o", t, gv * dv);
+                   a.key_heads = gk, a.value_heads = gv, a.step = b.step(pos, static_cast<int>(t));
+                   d.delta_net(a);
+                 }});
+}
+
+void attention_case(std::vector<Case>& out, int pos, int64_t t, int h, int hk, int64_t dh, int64_t r, DType kv) {
+  out.push_back({label("attention", {kv, 0}, kv == DType::F32 ? Act::F32 : Act::BF16, {{"pos", pos}, {"T", t}, {"H", h}, {"HK", hk}, {"DH", dh}, {"R", r}}),
+                 kv == DType::F32 ? Act::F32 : Act::BF16, [=](Device& d, Bench& b) {
+                   const int64_t width = 2 * (h + hk) * dh, c = pos + t + 3;
+                   AttentionArgs a;
+                   a.qgkv = b.in(b.normals(t * width, 1), t, width);
+                   a.q_norm = b.in(norm_weights(b, dh), dh), a.k_norm = b.in(norm_weights(b, dh), dh);
+                   Floats freq;
+                   for (int64_t i = 0; i < r / 2; i++) freq.push_back(static_cast<float>(std::pow(1e7, -2.0 * static_cast<double>(i) / static_cast<double>(r))));
+                   a.inv_freq = b.in(freq, r / 2), a.rope_scale = pos % 2 ? 1.1386f : 1.f;
+                   a.k_cache = b.out("k_cache", hk, c, dh, b.normals(hk * c * dh, 1), kv);
+                   a.v_cache = b.out("v_cache", hk, c, dh, b.normals(hk * c * dh, 1), kv);
+                   a.heads = h, a.kv_heads = hk, a.step = b.step(pos, static_cast<int>(t));
+                   a.o = b.out("o", t, h * dh);
+                   d.attention(a);
+                 }});
+}
+
+void moe_cases(std::vector<Case>& out, Format f, Format shared, Act act, int64_t t, int e, int k, int64_t dim, int64_t width, int64_t fs) {
+  if ((f.group && (dim % f.group || width % f.group)) || (shared.group && (dim % shared.group || fs % shared.group))) return;
+  const auto dims = {std::pair<const char*, int64_t>{"T", t}, {"E", e}, {"K", k}, {"D", dim}, {"F", width}};
+  out.push_back({label("moe_router", shared, act, dims), act, [=](Device& d, Bench& b) {
+                   MoeRouterArgs a;
+                   a.h = b.in(activations(b, t, dim), t, dim), a.norm = b.in(norm_weights(b, dim), dim);
+                   a.router = b.weights(DType::BF16, e, dim), a.shared_gate = b.weights(DType::BF16, 1, dim);
+                   a.shared_act = act, a.shared_gate_up = b.weights(shared.type, 2 * fs, dim, shared.group);
+                   a.x = b.out("x", t, dim), a.logits = b.out("logits", t, e);
+                   a.shared = b.out("shared", t, fs), a.shared_scale = b.out("shared_scale", t);
+                   d.moe_router(a);
+                 }});
+  out.push_back({label("moe_gate_up", f, act, dims), act, [=](Device& d, Bench& b) {
+                   MoeGateUpArgs a;
+                   a.x = b.in(activations(b, t, dim), t, dim);
+                   Floats l = b.normals(t * e, 2);
+                   if (e > 3) l[1] = l[3] = 9.f, l[static_cast<size_t>(e - 1)] = 9.f;  // ties: the lower index comes first
+                   a.logits = b.in(l, t, e), a.renormalise = t % 2 == 1, a.act = act, a.experts = b.experts(f.type, e, dim, width, f.group);
+                   a.ids = b.out("ids", t, k, 0, {}, DType::I32), a.weights = b.out("weights", t, k), a.inner = b.out("inner", t * k, width);
+                   d.moe_gate_up(a);
+                 }});
+  out.push_back({label("moe_down", f, act, dims), act, [=](Device& d, Bench& b) {
+                   MoeDownArgs a;
+                   std::vector<int32_t> ids;
+                   for (int64_t i = 0; i < t; i++)
+                     for (int j = 0; j < k; j++) ids.push_back(static_cast<int32_t>((i * 3 + j * 5 + i * j) % e));
+                   Tensor flat = b.in(ids);
+                   a.ids = view(flat.data, DType::I32, t, k);
+                   Floats w(static_cast<size_t>(t * k));
+                   for (float& v : w) v = b.uniform(0.05f, 0.5f);
+                   a.weights = b.in(w, t, k), a.inner = b.in(activations(b, t * k, width), t * k, width), a.act = act;
+                   a.experts = b.experts(f.type, e, dim, width, f.group);
+                   a.shared = b.in(activations(b, t, fs), t, fs), a.shared_act = act;
+                   Floats s(static_cast<size_t>(t));
+                   for (float& v : s) v = b.uniform(0.1f, 0.9f);
+                   a.shared_scale = b.in(s, t), a.shared_down = b.weights(shared.type, dim, fs, shared.group);
+                   a.h = b.out("h", t, dim, 0, b.normals(t * dim, 1));
+                   d.moe_down(a);
+                 }});
+}
+
+void gated_cases(std::vector<Case>& out, Format f, Act act, int64_t t, int heads, int64_t dv, int64_t dim) {
+  const int64_t n = heads * dv;
+  if (f.group && n % f.group) return;
+  const auto dims = {std::pair<const char*, int64_t>{"T", t}, {"heads", heads}, {"DV", dv}, {"D", dim}};
+  out.push_back({label("gated_norm_matmul", f, act, dims), act, [=](Device& d, Bench& b) {
+                   GatedNormMatmulArgs a;
+                   a.o = b.in(b.normals(t * n, 0.3f), t, n), a.z = b.slice_in(b.normals(t * n, 1), t, n, 64, n + 96);
+                   a.norm = b.in(norm_weights(b, dv), dv), a.act = act, a.w = b.weights(f.type, dim, n, f.group);
+                   a.h = b.out("h", t, dim, 0, b.normals(t * dim, 1));
+                   d.gated_norm_matmul(a);
+                 }});
+  out.push_back({label("gate_matmul", f, act, dims), act, [=](Device& d, Bench& b) {
+                   GateMatmulArgs a;
+                   a.o = b.in(b.normals(t * n, 1), t, n), a.gate = b.slice_in(b.normals(t * n, 2), t, n, 32, n + 64);
+                   a.act = act, a.w = b.weights(f.type, dim, n, f.group), a.h = b.out("h", t, dim, 0, b.normals(t * dim, 1));
+                   d.gate_matmul(a);
+                 }});
+  if (dim % 32 == 0 && (!f.group || 2 * dim % f.group == 0))
+    out.push_back({label("concat_matmul", f, act, dims), act, [=](Device& d, Bench& b) {
+                     ConcatMatmulArgs a;
+                     a.a = b.in(b.normals(t * dim, 1), t, dim), a.b = b.in(b.normals(t * dim, 3), t, dim);
+                     a.norm_a = b.in(norm_weights(b, dim), dim), a.norm_b = b.in(norm_weights(b, dim), dim);
+                     a.act = act, a.w = b.weights(f.type, dim, 2 * dim, f.group), a.y = b.out("y", t, dim);
+                     d.concat_matmul(a);
+                   }});
+}
+
+std::vector<Case> table() {
+  std::vector<Case> c;
+  for (Format f : kFormats)
+    for (Act act : kActs) {
+      for (int64_t n = 1; n <= 17; n++) norm_matmul_case(c, f, act, 1, 256, n, false);                 // every remainder of a panel
+      for (int64_t t : {2, 3, 7, 8, 9, 17}) norm_matmul_case(c, f, act, t, 256, 33, t % 2 == 1);       // and of a block of tokens
+      for (int64_t k : {32, 64, 96, 128, 160, 192, 320, 384, 2048}) norm_matmul_case(c, f, act, 3, k, 31, k % 64 == 0);
+      gated_cases(c, f, act, 1, 4, 128, 64);
+      gated_cases(c, f, act, 5, 3, 64, 96);
+      gated_cases(c, f, act, 9, 2, 128, 256);
+      moe_cases(c, f, f, act, 1, 8, 2, 128, 128, 128);
+      moe_cases(c, f, {DType::BF16, 0}, act, 9, 16, 4, 256, 64, 32);
+      moe_cases(c, f, {DType::INT8, 32}, act, 3, 5, 5, 96, 32, 96);
+    }
+  moe_cases(c, {DType::INT4, 32}, {DType::BF16, 0}, Act::INT8, 33, 512, 10, 64, 64, 64);
+  for (DType conv : {DType::F32, DType::BF16}) {
+    for (int64_t t : {1, 2, 3, 4, 5, 8, 63, 64, 65, 127}) delta_case(c, 0, t, 2, 4, 128, 128, conv);
+    for (int pos : {1, 2, 3, 4, 61, 64}) delta_case(c, pos, pos % 2 ? 1 : 67, 1, 2, 128, 128, conv);
+    delta_case(c, 7, 3, 2, 2, 64, 32, conv);
+    delta_case(c, 9, 5, 1, 3, 32, 96, conv);
+  }
+  for (DType kv : {DType::F32, DType::BF16}) {
+    for (int pos : {0, 1, 15, 63, 64, 255, 256, 300}) attention_case(c, pos, 1, 8, 1, 256, 64, kv);
+    for (int64_t t : {2, 5, 8, 65}) attention_case(c, static_cast<int>(t) - 2, t, 4, 2, 256, 64, kv);
+    attention_case(c, 250, 9, 4, 4, 128, 128, kv);
+    attention_case(c, 3, 2, 6, 2, 32, 8, kv);
+  }
+  for (DType t : {DType::F32, DType::BF16})
+    c.push_back({std::string("embed ") + name(t), Act::F32, [=](Device& d, Bench& b) {
+                   EmbedArgs a;
+                   a.ids = b.in(std::vector<int32_t>{0, 36, 5, 5, 17}), a.table = b.weights(t, 37, 64), a.h = b.out("h", 5, 64);
+                   d.embed(a);
+                 }});
+  return c;
+}
+
+// The comparison every device has to pass and every mutant has to fail.
+Close compare(const Case& c, const Output& ref, const Floats& got) {
+  const bool exact = c.act == Act::F32;
+  return close(ref.after, got, exact ? 1e-10 : 1e-6, (exact ? 2e-4 : 2e-2) * rms(ref.after));
+}
+
+Outputs run(const Case& c, Device& d) {
+  Bench b(d, static_cast<uint32_t>(std::hash<std::string>()(c.name)));
+  c.run(d, b);
+  return b.finish();
+}
+
+void check_mutants(const Case& c, const Output& o) {
+  const auto n = static_cast<int64_t>(o.after.size());
+  auto refused = [&](const std::string& what, const Floats& m) {
+    if (m != o.after) CHECK_MESSAGE(!compare(c, o, m).ok, c.name, ": ", o.name, ": a ", what, " output passes");
+  };
+  Floats m(o.after.size());
+  refused("zeroed", m);
+  for (size_t i = 0; i < m.size(); i++) m[i] = -o.after[i];
+  refused("negated", m);
+  m = o.after;
+  std::fill(m.end() - std::min<int64_t>(16, n), m.end(), 0.f);
+  refused("tail-less", m);
+  if (o.row < n) {
+    m = o.after;
+    std::rotate(m.begin(), m.begin() + o.row, m.end());
+    refused("shifted", m);
+  }
+  if (!o.before.empty()) refused("untouched", o.before);
+}
+
+}  // namespace
+
+TEST_CASE("operations agree with ref on every device, and mutants do not") {
+  const auto ref = make_ref_device();
+  std::vector<std::unique_ptr<Device>> devices;
+  for (Isa isa : {Isa::Scalar, Isa::Avx2, Isa::Avx512})
+    if (isa_available(isa)) devices.push_back(make_cpu_device(2, isa));
+    else MESSAGE("SKIPPED: this machine lacks an instruction set of the CPU device");
+  OpLimits l;
+  l.tokens = 160, l.width = 4096, l.experts = 512, l.chosen = 10, l.expert_width = 256, l.model_width = 2048;
+  l.heads = 16, l.context = 512, l.value_heads = 4, l.key_heads = 2, l.key_dim = 128, l.value_dim = 128;
+  for (auto& d : devices) d->reserve(l);
+
+  int cases = 0;
+  for (const Case& c : table()) {
+    const Outputs want = run(c, *ref);
+    for (const Output& o : want) check_mutants(c, o);
+    for (auto& d : devices) {
+      const Outputs got = run(c, *d);
+      REQUIRE(got.size() == want.size());
+      for (size_t i = 0; i < want.size(); i++) {
+        const Close r = compare(c, want[i], got[i].after);
+        CHECK_MESSAGE(r.ok, d->name(), ": ", c.name, ": ", want[i].name, ": ", r.text());
+      }
+    }
+    cases++;
+  }
+  MESSAGE(cases, " cases on ", devices.size(), " devices");
+}
+
+TEST_CASE("contracts refuse what does not fit") {
+  const auto d = make_ref_device();
+  Bench b(*d, 1);
+  NormMatmulArgs a;
+  a.h = b.in(b.normals(64, 1), 1, 64);
+  a.w = b.weights(DType::BF16, 8, 32);
+  a.y = b.out("y", 1, 8);
+  CHECK_THROWS_AS(d->norm_matmul(a), Bug);  // K differs
+  a.w = b.weights(DType::BF16, 9, 64);
+  CHECK_THROWS_AS(d->norm_matmul(a), Bug);  // N differs
+  a.w = b.weights(DType::BF16, 8, 64);
+  CHECK_NOTHROW(d->norm_matmul(a));
+  a.w.dtype = DType::INT4, a.w.group = 48;
+  CHECK_THROWS_AS(d->norm_matmul(a), Bug);
+}
