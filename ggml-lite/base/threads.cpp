@@ -67,7 +67,8 @@ double cgroup_processors() {
     }
   }
   const std::string v1 = "/sys/fs/cgroup/cpu/cpu.cfs_";
-  if (small_file(v1 + "quota_us") >> quota && small_file(v1 + "period_us") >> period && quota > 0 && period > 0) least = std::min(least, quota / period);
+  if (small_file(v1 + "quota_us") >> quota && small_file(v1 + "period_us") >> period && quota > 0 && period > 0)
+    least = std::min(least, quota / period);
   return least;
 }
 
@@ -83,7 +84,8 @@ int default_threads() {
   std::set<std::string> cores;
   for (int cpu : allowed_processors()) {
     std::string siblings;  // "0,64" for both of a pair
-    if (!(small_file("/sys/devices/system/cpu/cpu" + std::to_string(cpu) + "/topology/thread_siblings_list") >> siblings)) siblings = std::to_string(cpu);
+    const std::string of = std::to_string(cpu), path = "/sys/devices/system/cpu/cpu" + of + "/topology/thread_siblings_list";
+    if (!(small_file(path) >> siblings)) siblings = of;
     cores.insert(siblings);
   }
   return std::max(1, std::min(static_cast<int>(cores.size()), usable_processors()));

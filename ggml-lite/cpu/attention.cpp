@@ -38,6 +38,18 @@ static const void* key_row(const Tensor& cache, int64_t head, int64_t pos) {
   return cache.bytes() + (head * cache.row_stride + pos * cache.shape[2]) * item_bytes(cache.dtype);
 }
 
+// Keys [first, first + kKeys) or what there is of them, for token t and KV head g
+Attend CpuDevice::block(const AttentionArgs& a, const AttentionCall& c, int64_t t, int64_t g, int64_t first, float* scores,
+                        float* part) {
+  Attend b;
+  b.q = reinterpret_cast<const float*>(c.q[t]) + g * c.group * c.width;
+  b.k = key_row(a.k_cache, g, first), b.v = key_row(a.v_cache, g, first), b.bf16 = a.k_cache.dtype == DType::BF16;
+  b.heads = static_cast<int>(c.group), b.width = static_cast<int>(c.width);
+  b.keys = static_cast<int>(std::min<int64_t>(kKeys, a.step->pos + t + 1 - first));
+  b.scores = scores, b.part = part;
+  return b;
+}
+
 // Norm and RoPE of queries and keys; keys and values go to the cache. Items are the heads of all tokens.
 void CpuDevice::append_and_rotate(const AttentionArgs& a, AttentionCall& c, int thread) {
   const int64_t heads = a.heads, kv = a.kv_heads, width = c.width, half = a.inv_freq.rows(), per_token = heads + 2 * kv;
@@ -76,10 +88,7 @@ void CpuDevice::attend_pairs(const AttentionArgs& a, AttentionCall& c, int threa
   for (int64_t pair; (pair = threads_.next_task()) < c.tokens * a.kv_heads;) {
     const int64_t t = pair / a.kv_heads, g = pair % a.kv_heads, keys = a.step->pos + t + 1;
     for (int64_t begin = 0; begin < keys; begin += kKeys) {
-      const Attend block{reinterpret_cast<const float*>(c.q[t]) + g * c.group * c.width, key_row(a.k_cache, g, begin), key_row(a.v_cache, g, begin),
-                         a.k_cache.dtype == DType::BF16, static_cast<int>(c.group), static_cast<int>(std::min<int64_t>(kKeys, keys - begin)),
-                         static_cast<int>(c.width), scores, begin ? part : total};
-      kernels_.attend(block);
+      kernels_.attend(block(a, c, t, g, begin, scores, begin ? part : total));
       for (int64_t h = 0; begin && h < c.group; h++)
         kernels_.merge(total + h * (c.width + kPartExtra), part + h * (c.width + kPartExtra), static_cast<int>(c.width));
     }
@@ -98,12 +107,8 @@ void CpuDevice::attend_blocks(const AttentionArgs& a, AttentionCall& c, int thre
     const int64_t now = std::min(round, pairs - begin);
     for (int64_t task; (task = threads_.next_task()) < now * blocks;) {
       const int64_t pair = begin + task / blocks, t = pair / a.kv_heads, g = pair % a.kv_heads;
-      const int64_t first = task % blocks * kKeys, keys = std::min<int64_t>(kKeys, a.step->pos + t + 1 - first);
-      if (keys <= 0) continue;
-      const Attend block{reinterpret_cast<const float*>(c.q[t]) + g * c.group * c.width, key_row(a.k_cache, g, first), key_row(a.v_cache, g, first),
-                         a.k_cache.dtype == DType::BF16, static_cast<int>(c.group), static_cast<int>(keys), static_cast<int>(c.width), local(thread),
-                         parts_ + task * c.part};
-      kernels_.attend(block);
+      const int64_t first = task % blocks * kKeys;
+      if (first <= a.step->pos + t) kernels_.attend(block(a, c, t, g, first, local(thread), parts_ + task * c.part));
     }
     threads_.barrier(thread);
     if (thread == 0) threads_.reset_tasks();

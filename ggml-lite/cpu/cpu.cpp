@@ -13,10 +13,11 @@ namespace {
 
 const cpu::Kernels* kernels_of(Isa isa) {
 #if defined(__x86_64__)
-  // Also false where the operating system does not save the wide registers.
-  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
-  const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
-                      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512bf16");
+  // Also false where the operating system does not save the wide registers. F16C is older than AVX2 and in every processor with it.
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+  const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
+                      __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512bf16");
 #else
   const bool avx2 = false, avx512 = false;
 #endif
@@ -37,7 +38,9 @@ bool isa_available(Isa isa) { return kernels_of(isa) != nullptr; }
 
 std::unique_ptr<Device> make_cpu_device(int threads, Isa isa) {
   const cpu::Kernels* kernels = kernels_of(isa);
-  if (!kernels) fail("cpu: this machine lacks %s; try a lower instruction set", isa == Isa::Avx512 ? "AVX-512 with VNNI and BF16" : "AVX2 with FMA and F16C");
+  if (!kernels)
+    fail("cpu: this machine lacks %s; try a lower instruction set",
+         isa == Isa::Avx512 ? "AVX-512 with VNNI and BF16" : "AVX2 with FMA and F16C");
   return std::make_unique<cpu::CpuDevice>(threads, *kernels);
 }
 
@@ -57,7 +60,8 @@ double cpu_read_bandwidth(int threads) {
   for (int run = 0; run < 4; run++) {
     const auto start = std::chrono::steady_clock::now();
     pool.run([&](int t) { sums[t * 8] += kernels->read(arena.data() + part(t).begin, part(t).end - part(t).begin); });
-    best = std::max(best, static_cast<double>(bytes) / std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count());
+    const std::chrono::duration<double> time = std::chrono::steady_clock::now() - start;
+    best = std::max(best, static_cast<double>(bytes) / time.count());
   }
   return best;
 }
@@ -71,7 +75,8 @@ void CpuDevice::zero(void* to, size_t n) { std::memset(to, 0, n); }
 
 void* CpuDevice::do_alloc(size_t bytes, const char* what) {
   if (bytes > (size_t{64} << 20) && bytes > available_ram())
-    fail("cpu: %s needs %s, but only %s of memory are free; try a shorter context", what, human_gib(bytes).c_str(), human_gib(available_ram()).c_str());
+    fail("cpu: %s needs %s, but only %s of memory are free; try a shorter context", what, human_gib(bytes).c_str(),
+         human_gib(available_ram()).c_str());
   Arena a(std::max<size_t>(bytes, 64));
   void* p = a.data();
   arenas_.emplace(p, std::move(a));
@@ -116,14 +121,14 @@ void CpuDevice::reserve(const OpLimits& l) {
 }
 
 const uint8_t** CpuDevice::take_pointers(int64_t n) {
-  QN_CHECK(pointers_used_ + n <= pointers_size_, "cpu: %lld rows of activations, reserve() had %lld", static_cast<long long>(pointers_used_ + n),
-           static_cast<long long>(pointers_size_));
+  QN_CHECK(pointers_used_ + n <= pointers_size_, "cpu: %lld rows of activations, reserve() had %lld",
+           static_cast<long long>(pointers_used_ + n), static_cast<long long>(pointers_size_));
   return pointers_ + std::exchange(pointers_used_, pointers_used_ + n);
 }
 
 Rows CpuDevice::take_rows(int64_t n, int64_t stride) {
-  QN_CHECK(rows_used_ + n * stride <= rows_size_, "cpu: %lld bytes of activations, reserve() had %lld", static_cast<long long>(rows_used_ + n * stride),
-           static_cast<long long>(rows_size_));
+  QN_CHECK(rows_used_ + n * stride <= rows_size_, "cpu: %lld bytes of activations, reserve() had %lld",
+           static_cast<long long>(rows_used_ + n * stride), static_cast<long long>(rows_size_));
   Rows r{row_bytes_ + std::exchange(rows_used_, round_up(rows_used_ + n * stride, 64)), stride, take_pointers(n)};
   for (int64_t i = 0; i < n; i++) r.x[i] = r[i];
   return r;

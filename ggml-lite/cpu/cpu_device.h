@@ -70,10 +70,11 @@ class CpuDevice final : public Device {
   void check_local(const char* op, int64_t floats) const;
 
   // ---- inside a parallel region
-  // body(Range) on contiguous ranges of n units, each unit once, over all threads
+  // body(Range) on contiguous ranges of n units, each unit once, over all threads. More ranges than threads even out threads of
+  // unequal speed; fewer keep the streams long.
   template <class Body>
-  void spread(int64_t n, Body body) {
-    const int ranges = static_cast<int>(std::min<int64_t>(n, threads_.size() == 1 ? 1 : 4 * threads_.size()));
+  void spread(int64_t n, int per_thread, Body body) {
+    const int ranges = static_cast<int>(std::min<int64_t>(n, threads_.size() == 1 ? 1 : per_thread * threads_.size()));
     for (int64_t i; (i = threads_.next_task()) < ranges;) body(share(n, static_cast<int>(i), ranges));
   }
   void norm(const float* x, const Tensor& w, float eps, int64_t n, float* y) const;  // an empty w copies
@@ -82,6 +83,8 @@ class CpuDevice final : public Device {
   void sort_by_expert(const Tensor& ids, int experts, Routed& r) const;
   void add_product(const char* op, const Tensor& w, Act act, const Tensor& h, const std::function<void(int64_t, float*)>& fill);
   struct AttentionCall;
+  static Attend block(const AttentionArgs& a, const AttentionCall& c, int64_t t, int64_t g, int64_t first, float* scores,
+                      float* part);
   void append_and_rotate(const AttentionArgs& a, AttentionCall& c, int thread);
   void attend_pairs(const AttentionArgs& a, AttentionCall& c, int thread);
   void attend_blocks(const AttentionArgs& a, AttentionCall& c, int thread);

@@ -27,7 +27,9 @@ void CpuDevice::delta_columns(const DeltaNetArgs& a, const DeltaCall& c, int64_t
   struct Part {
     int64_t channel, n;
     float *y, *taps;
-  } parts[3] = {{key * dk, dk, local, nullptr}, {(gk + key) * dk, dk, local + dk, nullptr}, {2 * gk * dk + head * c.dv + column, columns, local + 2 * dk, nullptr}};
+  } parts[3] = {{key * dk, dk, local, nullptr},
+                {(gk + key) * dk, dk, local + dk, nullptr},
+                {2 * gk * dk + head * c.dv + column, columns, local + 2 * dk, nullptr}};
   float* nothing = local + 2 * dk + columns;  // the inputs before the sequence
   float* next = nothing + std::max(dk, columns);
   std::fill(nothing, next, 0.f);
@@ -73,7 +75,8 @@ void CpuDevice::do_delta_net(const DeltaNetArgs& a) {
     threads_.barrier(thread);  // the ring is read up to here
     const Range mine = share(channels, thread, threads_.size());
     for (int64_t t = std::max<int64_t>(0, c.tokens - slots); t < c.tokens; t++)
-      std::memcpy(a.conv_ring.f32((a.step->pos + t) & (slots - 1)) + mine.begin, a.qkv.f32(t) + mine.begin, (mine.end - mine.begin) * 4);
+      std::memcpy(a.conv_ring.f32((a.step->pos + t) & (slots - 1)) + mine.begin, a.qkv.f32(t) + mine.begin,
+                  (mine.end - mine.begin) * 4);
   });
 }
 

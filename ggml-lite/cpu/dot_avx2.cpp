@@ -116,35 +116,28 @@ namespace {
 //   INT8: |activation| unsigned, code - 128 with the activation's sign signed: at most 2 * 127 * 127 = 32258, widened at once.
 // Either way a line ends as 8 sums of 32 bits, per 128 bits [row g, row g, row g+8, row g+8].
 
-// units [begin, end) of one line -> 8 x int32 for each token
+// acc += the products of the unit at w with the activations of each token
 template <int Bits, int T>
-void line_units(const uint8_t* line, int64_t begin, int64_t end, const uint8_t* const* x, __m256i* s) {
-  __m256i acc[T];
-  QN_UNROLL
-  for (__m256i& v : acc) v = _mm256_setzero_si256();
-  for (int64_t u = begin; u < end; u++) {
-    const uint8_t* p = line + (u >> 1) * kTileBytes + (u & 1) * 32;
-    const __m256i w = load_bytes(p);
-    if constexpr (Bits == 4) {
-      const __m256i low = _mm256_set1_epi8(15);
-      const __m256i lo = _mm256_and_si256(w, low), hi = _mm256_and_si256(_mm256_srli_epi16(w, 4), low);
-      QN_UNROLL
-      for (int t = 0; t < T; t++) {
-        const uint8_t* xt = x[t] + (u >> 1) * 128 + (u & 1) * 32;
-        acc[t] = _mm256_add_epi16(acc[t], _mm256_add_epi16(_mm256_maddubs_epi16(lo, load_bytes(xt)), _mm256_maddubs_epi16(hi, load_bytes(xt + 64))));
-      }
-    } else {
-      const __m256i centred = _mm256_xor_si256(w, _mm256_set1_epi8(static_cast<char>(0x80)));
-      QN_UNROLL
-      for (int t = 0; t < T; t++) {
-        const __m256i xt = load_bytes(x[t] + u * 32);
-        const __m256i m = _mm256_maddubs_epi16(_mm256_abs_epi8(xt), _mm256_sign_epi8(centred, xt));
-        acc[t] = _mm256_add_epi32(acc[t], _mm256_madd_epi16(m, ones16()));
-      }
+[[gnu::always_inline]] inline void add_unit(const uint8_t* w, int64_t unit, const uint8_t* const* x, __m256i* acc) {
+  const __m256i v = load_bytes(w);
+  if constexpr (Bits == 4) {
+    const __m256i low = _mm256_set1_epi8(15);
+    const __m256i lo = _mm256_and_si256(v, low), hi = _mm256_and_si256(_mm256_srli_epi16(v, 4), low);
+    QN_UNROLL
+    for (int t = 0; t < T; t++) {
+      const uint8_t* xt = x[t] + (unit >> 1) * 128 + (unit & 1) * 32;
+      acc[t] = _mm256_add_epi16(acc[t], _mm256_maddubs_epi16(lo, load_bytes(xt)));
+      acc[t] = _mm256_add_epi16(acc[t], _mm256_maddubs_epi16(hi, load_bytes(xt + 64)));
+    }
+  } else {
+    const __m256i centred = _mm256_xor_si256(v, _mm256_set1_epi8(static_cast<char>(0x80)));
+    QN_UNROLL
+    for (int t = 0; t < T; t++) {
+      const __m256i xt = load_bytes(x[t] + unit * 32);
+      const __m256i m = _mm256_maddubs_epi16(_mm256_abs_epi8(xt), _mm256_sign_epi8(centred, xt));
+      acc[t] = _mm256_add_epi32(acc[t], _mm256_madd_epi16(m, ones16()));
     }
   }
-  QN_UNROLL
-  for (int t = 0; t < T; t++) s[t] = Bits == 4 ? _mm256_madd_epi16(acc[t], ones16()) : acc[t];
 }
 
 // Two sums of lines a, b, c, d -> [a, a+8, b, b+8 | c, c+8, d, d+8]
@@ -162,27 +155,43 @@ void unpack_scales(const uint8_t* halfs, int64_t n, F (*w)[2]) {
   }
 }
 
-template <int Bits, int T>
+template <int Bits, int Group, int T>
 void panel_bytes(const Product& p, const uint8_t* panel, const uint8_t* const* x, float* y) {
+  constexpr int kUnits = Group / (Bits == 4 ? 32 : 16);  // a half line holds 32 (16) k of two rows
+  constexpr int kHalves = kUnits == 1 ? 1 : 2;           // of a line that belong to the group
+  constexpr int kLines = T == 1 ? 8 : 4;                 // whole tiles in order of addresses where registers allow
   F total[2][T], scales[kGroupsAhead][2];
   for (auto& half : total)
     for (F& v : half) v = zero();
-  const int64_t groups = p.kp / p.group, units = p.group * (Bits == 4 ? 2 : 4) / 64;  // units of a group
+  const int64_t groups = p.kp / Group;
   for (int64_t g = 0; g < groups; g++) {
     const int64_t ahead = g % kGroupsAhead;
     if (ahead == 0) unpack_scales(panel + 32 * g, groups - g < kGroupsAhead ? groups - g : kGroupsAhead, scales);
     QN_UNROLL
-    for (int half = 0; half < 2; half++) {
-      __m256i s[4][T];
+    for (int q = 0; q < 8; q += kLines) {
+      __m256i s[kLines][T];
       QN_UNROLL
-      for (int i = 0; i < 4; i++) line_units<Bits, T>(panel + p.tiles_at + (4 * half + i) * 64, g * units, (g + 1) * units, x, s[i]);
-      QN_UNROLL
-      for (int t = 0; t < T; t++) {
-        __m256i v = four_lines(s[0][t], s[1][t], s[2][t], s[3][t]);
-        if (Bits == 4) v = _mm256_sub_epi32(v, _mm256_set1_epi32(reinterpret_cast<const int32_t*>(x[t] + p.sums_at)[g]));
-        const float scale = reinterpret_cast<const float*>(x[t] + p.scales_at)[g];
-        total[half][t] = fma(_mm256_cvtepi32_ps(v), mul(scales[ahead][half], all(scale)), total[half][t]);
+      for (auto& line : s)
+        QN_UNROLL
+        for (__m256i& v : line) v = _mm256_setzero_si256();
+      for (int64_t u = g * kUnits; u < (g + 1) * kUnits; u += kHalves) {
+        const uint8_t* tile = panel + p.tiles_at + (u >> 1) * kTileBytes + (u & 1) * 32;
+        QN_UNROLL
+        for (int l = 0; l < kLines; l++)
+          QN_UNROLL
+          for (int h = 0; h < kHalves; h++) add_unit<Bits, T>(tile + (q + l) * 64 + h * 32, u + h, x, s[l]);
       }
+      QN_UNROLL
+      for (int l = 0; l < kLines; l += 4)
+        QN_UNROLL
+        for (int t = 0; t < T; t++) {
+          auto widen = [&](int i) { return Bits == 4 ? _mm256_madd_epi16(s[l + i][t], ones16()) : s[l + i][t]; };
+          __m256i v = four_lines(widen(0), widen(1), widen(2), widen(3));
+          if (Bits == 4) v = _mm256_sub_epi32(v, _mm256_set1_epi32(reinterpret_cast<const int32_t*>(x[t] + p.sums_at)[g]));
+          const float scale = reinterpret_cast<const float*>(x[t] + p.scales_at)[g];
+          F& into = total[(q + l) / 4][t];
+          into = fma(_mm256_cvtepi32_ps(v), mul(scales[ahead][(q + l) / 4], all(scale)), into);
+        }
     }
   }
   for (int t = 0; t < T; t++) {
@@ -196,12 +205,18 @@ void panel_bytes(const Product& p, const uint8_t* panel, const uint8_t* const* x
   }
 }
 
+template <int Bits, int Group>
+void panel_tokens(const Product& p, const uint8_t* panel, const uint8_t* const* x, int tokens, float* y) {
+  int t = 0;
+  for (; t + 2 <= tokens; t += 2) panel_bytes<Bits, Group, 2>(p, panel, x + t, y + 16 * t);
+  if (t < tokens) panel_bytes<Bits, Group, 1>(p, panel, x + t, y + 16 * t);
+}
+
 template <int Bits>
 void product_panel_bytes(const Product& p, const uint8_t* panel, int, const uint8_t* const* x, int tokens, float* y) {
-  int t = 0;
-  for (; t + 4 <= tokens; t += 4) panel_bytes<Bits, 4>(p, panel, x + t, y + 16 * t);
-  for (; t + 2 <= tokens; t += 2) panel_bytes<Bits, 2>(p, panel, x + t, y + 16 * t);
-  if (t < tokens) panel_bytes<Bits, 1>(p, panel, x + t, y + 16 * t);
+  if (p.group == 128) panel_tokens<Bits, 128>(p, panel, x, tokens, y);
+  else if (p.group == 64) panel_tokens<Bits, 64>(p, panel, x, tokens, y);
+  else panel_tokens<Bits, 32>(p, panel, x, tokens, y);
 }
 
 uint64_t read(const uint8_t* p, int64_t bytes) {

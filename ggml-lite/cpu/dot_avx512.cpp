@@ -145,7 +145,10 @@ void panel_bytes(const Product& p, const uint8_t* panel, const uint8_t* const* x
   F scales[kGroupsAhead];
   for (int64_t step = 0; step < steps; step++, tile += Tiles * kTileBytes) {
     const int64_t group = step * kGroups, ahead = group % kGroupsAhead;
-    if (ahead == 0) unpack_scales(panel + 32 * group, steps * kGroups - group < kGroupsAhead ? steps * kGroups - group : kGroupsAhead, scales);
+    if (ahead == 0) {
+      const int64_t left = steps * kGroups - group;
+      unpack_scales(panel + 32 * group, left < kGroupsAhead ? left : kGroupsAhead, scales);
+    }
     __m512i quad[2][T];
     QN_UNROLL
     for (int q = 0; q < 8; q += kLines) {
@@ -177,7 +180,8 @@ void panel_bytes(const Product& p, const uint8_t* panel, const uint8_t* const* x
       QN_UNROLL
       for (int l = 0; l < kLines; l += 4)
         QN_UNROLL
-        for (int t = 0; t < T; t++) quad[(q + l) / 4][t] = fold_cells(fold_pairs(s[l][t], s[l + 1][t]), fold_pairs(s[l + 2][t], s[l + 3][t]));
+        for (int t = 0; t < T; t++)
+          quad[(q + l) / 4][t] = fold_cells(fold_pairs(s[l][t], s[l + 1][t]), fold_pairs(s[l + 2][t], s[l + 3][t]));
     }
     __m512i first[T], second[T];
     QN_UNROLL

@@ -77,8 +77,8 @@ void product_rows_f32(const Product& p, const uint8_t* bytes, int rows, const ui
 
 // ---- products, T16 panels
 
-// A panel's scales are unpacked so many groups at a time, so that its bytes are read almost in the order of addresses: with the scales
-// as a second stream among the tiles the hardware prefetcher halves its speed (measured: 15 GB/s a core instead of 32).
+// A panel's scales are unpacked so many groups at a time, so that its bytes are read almost in the order of addresses: with the
+// scales as a second stream among the tiles the hardware prefetcher halves its speed (measured: 15 GB/s a core instead of 32).
 constexpr int64_t kGroupsAhead = 32;
 
 // With activations in fp32: codes become floats in registers, a group's sum is scaled once.
@@ -303,9 +303,13 @@ void delta_step(float* s, int64_t stride, int64_t dk, int64_t cols, const float*
                 float beta, float* o) {
   F kq = zero();
   for (int64_t i = 0; i < dk; i += L) kq = fma(load(k + i), load(q + i), kq);
-  constexpr int kColumns = L == 1 ? 8 : 32;  // 2 vectors of 16 or 4 of 8, times two sums each
-  for (int64_t c = 0; c < cols; c += kColumns)
-    delta_columns<kColumns / L>(s + c, stride, dk, q, k, v + c, alpha, beta, sum(kq), o + c);
+  int64_t c = 0;
+  auto columns = [&]<int N>() {
+    for (; c + N * L <= cols; c += N * L) delta_columns<N>(s + c, stride, dk, q, k, v + c, alpha, beta, sum(kq), o + c);
+  };
+  if (L == 16) columns.template operator()<8>();  // rows of 512 bytes, with two sums for each of 8 vectors
+  if (L == 16) columns.template operator()<2>();
+  columns.template operator()<32 / L < 8 ? 32 / L : 8>();
 }
 
 // ---- attention
@@ -340,10 +344,16 @@ void scores_of(const Attend& a, const C* k, int head, int key) {
   }
 }
 
+// Meanwhile v comes to the cache: weigh() passes over it in columns, which no prefetcher foresees.
 template <int H, class C>
 void scores(const Attend& a, const C* k, int head) {
+  const int64_t row = 2 * a.width * static_cast<int64_t>(sizeof(C));  // bytes of two keys
   int key = 0;
-  for (; key + 2 <= a.keys; key += 2) scores_of<H, 2>(a, k, head, key);
+  for (; key + 2 <= a.keys; key += 2) {
+    if (head == 0)
+      for (int64_t i = 0; i < row; i += 64) __builtin_prefetch(static_cast<const char*>(a.v) + key / 2 * row + i, 0, 2);
+    scores_of<H, 2>(a, k, head, key);
+  }
   if (key < a.keys) scores_of<H, 1>(a, k, head, key);
 }
 

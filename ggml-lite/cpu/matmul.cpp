@@ -34,7 +34,8 @@ void CpuDevice::do_norm_matmul(const NormMatmulArgs& a) {
   const Matrix w = make_matrix(kernels_, a.w, a.act), exact = make_matrix(kernels_, a.w_exact, Act::F32);
   reset_scratch();
   // norm(h) in fp32 is what w_exact sees as it is; it may be an output, too
-  const Rows x = a.normed ? Rows{reinterpret_cast<uint8_t*>(a.normed.f32()), width * 4, take_pointers(tokens)} : take_rows(tokens, width * 4);
+  const Rows x = a.normed ? Rows{reinterpret_cast<uint8_t*>(a.normed.f32()), width * 4, take_pointers(tokens)}
+                          : take_rows(tokens, width * 4);
   for (int64_t t = 0; t < tokens; t++) x.x[t] = x[t];
   const Rows xw = take_rows(a.w ? tokens : 0, w.product.bytes);
   threads_.run([&](int thread) {
@@ -50,7 +51,7 @@ void CpuDevice::do_norm_matmul(const NormMatmulArgs& a) {
         for (int t = 0; t < n; t++) std::memcpy(y.f32(t0 + t) + row, tile + t * kPanelRows, rows * 4);
       };
     };
-    spread(w.panels() + exact.panels(), [&](Range r) {
+    spread(w.panels() + exact.panels(), 4, [&](Range r) {
       multiply(w, clip(r, 0, w.panels()), xw.x, tokens, store(a.y));
       multiply(exact, clip(r, w.panels(), w.panels() + exact.panels()), x.x, tokens, store(a.y_exact));
     });
@@ -58,7 +59,8 @@ void CpuDevice::do_norm_matmul(const NormMatmulArgs& a) {
 }
 
 // h += W act(x), fill(t, row) writes x of token t
-void CpuDevice::add_product(const char* op, const Tensor& weights, Act act, const Tensor& h, const std::function<void(int64_t, float*)>& fill) {
+void CpuDevice::add_product(const char* op, const Tensor& weights, Act act, const Tensor& h,
+                            const std::function<void(int64_t, float*)>& fill) {
   const int64_t tokens = h.rows();
   const Matrix w = make_matrix(kernels_, weights, act);
   check_local(op, w.product.k);
@@ -71,7 +73,7 @@ void CpuDevice::add_product(const char* op, const Tensor& weights, Act act, cons
       kernels_.prepare(w.product, act, local(thread), x[t]);
     }
     threads_.barrier(thread);
-    spread(w.panels(), [&](Range r) {
+    spread(w.panels(), 4, [&](Range r) {
       multiply(w, r, x.x, tokens, [&](int64_t row, int rows, int64_t t0, int n, const float* tile) {
         for (int t = 0; t < n; t++)
           for (int i = 0; i < rows; i++) h.f32(t0 + t)[row + i] += tile[t * kPanelRows + i];
@@ -89,7 +91,8 @@ void CpuDevice::do_gated_norm_matmul(const GatedNormMatmulArgs& a) {
 }
 
 void CpuDevice::do_gate_matmul(const GateMatmulArgs& a) {
-  add_product("gate_matmul", a.w, a.act, a.h, [&](int64_t t, float* x) { kernels_.sigmoid_mul(a.gate.f32(t), a.o.f32(t), a.o.cols(), x); });
+  add_product("gate_matmul", a.w, a.act, a.h,
+              [&](int64_t t, float* x) { kernels_.sigmoid_mul(a.gate.f32(t), a.o.f32(t), a.o.cols(), x); });
 }
 
 void CpuDevice::do_concat_matmul(const ConcatMatmulArgs& a) {

@@ -36,15 +36,16 @@ void CpuDevice::do_moe_router(const MoeRouterArgs& a) {
     threads_.barrier(thread);
     // units: router panels, then 8 columns of the shared expert each, then its gate
     const int64_t routers = router.panels(), columns = shared.rows / kPanelRows;
-    spread(routers + columns + 1, [&](Range r) {
+    spread(routers + columns + 1, 4, [&](Range r) {
       multiply(router, clip(r, 0, routers), x, tokens, [&](int64_t row, int rows, int64_t t0, int n, const float* tile) {
         for (int t = 0; t < n; t++) std::memcpy(a.logits.f32(t0 + t) + row, tile + t * kPanelRows, rows * 4);
       });
       multiply_swiglu(kernels_, shared, clip(r, routers, routers + columns), xs.x, tokens,
                       [&](int64_t column, int64_t t, const float* v) { std::memcpy(a.shared.f32(t) + column, v, 8 * 4); });
-      multiply(gate, clip(r, routers + columns, routers + columns + 1), x, tokens, [&](int64_t, int, int64_t t0, int n, const float* tile) {
-        for (int t = 0; t < n; t++) a.shared_scale.f32()[t0 + t] = sigmoid(tile[t * kPanelRows]);
-      });
+      multiply(gate, clip(r, routers + columns, routers + columns + 1), x, tokens,
+               [&](int64_t, int, int64_t t0, int n, const float* tile) {
+                 for (int t = 0; t < n; t++) a.shared_scale.f32()[t0 + t] = sigmoid(tile[t * kPanelRows]);
+               });
     });
   });
 }
@@ -99,8 +100,8 @@ void CpuDevice::do_moe_gate_up(const MoeGateUpArgs& a) {
   const int64_t tokens = a.x.rows(), chosen = a.ids.cols(), columns = a.inner.cols() / 8;
   const Matrix first = make_matrix(kernels_, a.experts.gate_up(0), a.act);
   const int64_t stride = a.experts.layout().stride;
-  QN_CHECK(2 * (a.experts.count + 1) + tokens * chosen <= lists_size_, "moe_gate_up: %d experts and %lld choices, reserve() had less", a.experts.count,
-           static_cast<long long>(tokens * chosen));
+  QN_CHECK(2 * (a.experts.count + 1) + tokens * chosen <= lists_size_, "moe_gate_up: %d experts and %lld choices, reserve() had less",
+           a.experts.count, static_cast<long long>(tokens * chosen));
   reset_scratch();
   const Rows x = take_rows(tokens, first.product.bytes);
   const uint8_t** sorted = take_pointers(tokens * chosen);
@@ -118,14 +119,16 @@ void CpuDevice::do_moe_gate_up(const MoeGateUpArgs& a) {
     if (tokens > 1) threads_.barrier(thread);
     if (tokens > 1 ? thread == 0 : mine.end > mine.begin) sort();
     threads_.barrier(thread);
-    spread(r.active * columns, [&](Range range) {
+    spread(r.active * columns, 4, [&](Range range) {
       for (int64_t at = range.begin; at < range.end;) {
         const int64_t e = at / columns, end = std::min(range.end, (e + 1) * columns);
         const int32_t begin = r.first[e];
         Matrix m = first;
         m.data += r.id[e] * stride;
         multiply_swiglu(kernels_, m, {at - e * columns, end - e * columns}, sorted + begin, r.first[e + 1] - begin,
-                        [&](int64_t column, int64_t i, const float* v) { std::memcpy(a.inner.f32(r.pair[begin + i]) + column, v, 8 * 4); });
+                        [&](int64_t column, int64_t i, const float* v) {
+                          std::memcpy(a.inner.f32(r.pair[begin + i]) + column, v, 8 * 4);
+                        });
         at = end;
       }
     });
@@ -136,8 +139,8 @@ void CpuDevice::do_moe_down(const MoeDownArgs& a) {
   const int64_t tokens = a.h.rows(), chosen = a.ids.cols(), pairs = tokens * chosen;
   const Matrix first = make_matrix(kernels_, a.experts.down(0), a.act), shared = make_matrix(kernels_, a.shared_down, a.shared_act);
   const int64_t stride = a.experts.layout().stride;
-  QN_CHECK(2 * (a.experts.count + 1) + pairs <= lists_size_, "moe_down: %d experts and %lld choices, reserve() had less", a.experts.count,
-           static_cast<long long>(pairs));
+  QN_CHECK(2 * (a.experts.count + 1) + pairs <= lists_size_, "moe_down: %d experts and %lld choices, reserve() had less",
+           a.experts.count, static_cast<long long>(pairs));
   for (int64_t i = 0; i < pairs; i++)
     QN_CHECK(a.ids.i32()[i] >= 0 && a.ids.i32()[i] < a.experts.count, "moe_down: expert %d of %d", a.ids.i32()[i], a.experts.count);
   reset_scratch();
@@ -163,11 +166,15 @@ void CpuDevice::do_moe_down(const MoeDownArgs& a) {
         }
       });
     };
-    spread(shared.panels(), [&](Range panels) {
+    spread(shared.panels(), tokens > kBlock ? 4 : 2, [&](Range panels) {
       for (int e = 0; e < r.active; e++) {
         const int32_t begin = r.first[e];
         Matrix m = first;
         m.data += r.id[e] * stride;
+        // a range of one expert is a few kB: ask for the beginning of the next one, which the hardware cannot foresee
+        if (e + 1 < r.active)
+          for (int64_t i = 0; i < 2048; i += 64)
+            __builtin_prefetch(first.data + r.id[e + 1] * stride + panels.begin * m.panel_stride + i);
         add(m, panels, sorted + begin, r.first[e + 1] - begin, [&](int64_t i) {
           const int32_t pair = r.pair[begin + i];
           return std::pair(pair / chosen, a.weights.f32()[pair]);
