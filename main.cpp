@@ -10,6 +10,7 @@
 #include <csignal>
 #include <cstdio>
 #include <cstring>
+#include <ctime>
 #include <iostream>
 #include <random>
 
@@ -32,9 +33,14 @@ constexpr uint64_t kMaxPrompt = 64 << 20;  // bytes of a prompt, from wherever i
 struct ClosedOutput {};  // whoever read our stdout has gone: end quietly
 
 std::atomic<bool> interrupted;
+std::atomic<int64_t> interrupted_at;
 
+// The first Ctrl-C asks; a pass through the model may take seconds to hear it. One that comes later than that means something hangs.
 void on_interrupt(int) {
-  if (interrupted.exchange(true)) _exit(130);  // asked twice within one answer: something hangs
+  timespec t;
+  clock_gettime(CLOCK_MONOTONIC, &t);
+  if (!interrupted.exchange(true)) interrupted_at = t.tv_sec;
+  else if (t.tv_sec - interrupted_at > 10) _exit(130);
 }
 
 double now() { return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count(); }
@@ -186,14 +192,14 @@ void parse_args(CLI::App& app, Args& a, int argc, char** argv) {
 // Some models think of their own accord where their template does not ask them to: that is set apart, too.
 qn::Answer parse(const Engine& engine, std::string_view text, const Json* tools) {
   static constexpr std::string_view open = "<think>", close = "</think>";
-  const size_t end = text.find(close);
-  if (engine.info().chat == qn::ChatStyle::Thinking || !text.starts_with(open) || end == text.npos) return engine.parse_answer(text, tools);
+  if (engine.info().chat == qn::ChatStyle::Thinking || !text.starts_with(open)) return engine.parse_answer(text, tools);
+  const size_t end = std::min(text.find(close), text.size());
   auto trim = [](std::string_view s) {
     while (s.starts_with('\n')) s.remove_prefix(1);
     while (s.ends_with('\n')) s.remove_suffix(1);
     return s;
   };
-  qn::Answer a = engine.parse_answer(trim(text.substr(end + close.size())), tools);
+  qn::Answer a = engine.parse_answer(trim(text.substr(std::min(end + close.size(), text.size()))), tools);
   a.reasoning = trim(text.substr(open.size(), end - open.size()));
   return a;
 }
@@ -373,9 +379,12 @@ class Speaker {
     if (args.json) words(json(r, prompt.size(), seed, prompt_seconds).dump() + "\n");
     if (stats) {
       auto per_second = [](double n, double seconds) { return n > 0 ? qn::format(", %.1f/s", rate(n, seconds)) : ""; };
+      const double weights = static_cast<double>(engine.info().bytes_per_token) / 1e9;
       const double generated = static_cast<double>(r.made.ids.size());
       note(qn::format("prompt %zu tokens (%d reused)", prompt.size(), r.sync.reused) + per_second(r.sync.prefilled, prompt_seconds) +
            qn::format("; answer %.0f tokens", generated) + per_second(generated, r.made.seconds) +
+           (generated > 0 ? qn::format(", %.1f GB/s of weights", rate(generated * weights, r.made.seconds)) : "") +
+           (r.made.finish == Finish::Length ? "; length" : "") +
            (r.made.finish == Finish::ContextFull ? "; the context is full" : r.made.finish == Finish::Interrupted ? "; stopped" : ""));
     }
     return r;
@@ -409,7 +418,9 @@ class Speaker {
                             .set("prompt_seconds", Json::number(prompt_seconds))
                             .set("prompt_tokens_per_second", Json::number(rate(r.sync.prefilled, prompt_seconds)))
                             .set("generate_seconds", Json::number(r.made.seconds))
-                            .set("generate_tokens_per_second", Json::number(rate(generated, r.made.seconds))));
+                            .set("generate_tokens_per_second", Json::number(rate(generated, r.made.seconds)))
+                            .set("weight_bytes_per_token", integer(engine.info().bytes_per_token))
+                            .set("weight_gb_per_second", Json::number(rate(generated * static_cast<double>(engine.info().bytes_per_token) / 1e9, r.made.seconds))));
   }
 
   Session session_;
@@ -533,7 +544,7 @@ class Chat {
   // false: no command but something to say. A path such as /etc/hosts is no command.
   bool command(const std::string& line) {
     if (!line.starts_with('/')) return false;
-    const size_t end = line.find_first_not_of("abcdefghijklmnopqrstuvwxyz", 1);
+    const size_t end = line.find_first_not_of("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789", 1);
     const std::string word = line.substr(1, end - 1);
     if (word.empty() || (end != line.npos && line[end] != ' ')) return false;
     const std::string rest = end == line.npos ? "" : line.substr(end + 1);
@@ -614,7 +625,7 @@ int print_info(const Engine& engine, bool json) {
   number("file_bytes", m.file_bytes), number("read_per_token_bytes", m.bytes_per_token);
   for (const SamplerRow& row : kSamplerRows)
     if (row.name != std::string_view("seed")) o.set(std::string("default_") + row.name, Json::parse(row.get(m.sampling), row.name));
-  text("device", p.device), number("planned_context", p.ctx), number("ubatch", p.ubatch);
+  text("device", p.device), text("activations", p.act), text("kv_type", p.kv_type), number("planned_context", p.ctx), number("ubatch", p.ubatch);
   number("weights_bytes", p.weights), number("kv_bytes", p.kv), number("state_bytes", p.state);
   number("scratch_bytes", p.scratch), number("budget_bytes", p.budget);
   if (json) return words(o.dump() + "\n"), 0;
@@ -630,7 +641,7 @@ int print_info(const Engine& engine, bool json) {
 
 int one_shot(Speaker& speaker, const Args& a, bool raw) {
   std::string text = a.has_prompt ? a.prompt : a.has_file ? qn::read_text(a.file, kMaxPrompt) : qn::read_stdin(kMaxPrompt);
-  if (!raw && !a.has_prompt && text.ends_with('\n')) text.pop_back();  // the end of the file, not of the sentence
+  if (!raw && !a.has_prompt && text.ends_with('\n')) text.erase(text.size() - (text.ends_with("\r\n") ? 2 : 1));  // the end of the file, not of the sentence
   if (text.empty()) qn::fail("the prompt is empty");
   std::vector<int32_t> prompt;
   if (raw) {

@@ -15,6 +15,7 @@
 #include "ggml-lite/base/file.h"              // available_ram
 #include "ggml-lite/base/term.h"              // parse_size, human_gib
 #include "ggml-lite/base/threads.h"           // default_threads
+#include "ggml-lite/core/limits.h"            // kMaxWidth, ...
 #include "ggml-lite/core/qn.h"                // QnFile
 #include "ggml-lite/cpu/cpu.h"                // make_cpu_device
 #include "ggml-lite/nn/gated_attention.h"     // gated_attention
@@ -61,10 +62,27 @@ static std::string parse_choice(const std::string& text, const char* option, std
   fail("%s: expected one of %s, got \"%s\"", option, all.c_str(), text.c_str());
 }
 
+// "cuda" or "cuda:0,1": numbers may repeat
+static std::string parse_device(const std::string& text) {
+  bool ok = text == "auto" || text == "ref" || text == "cpu" || text == "cuda";
+  if (text.rfind("cuda:", 0) == 0) {
+    ok = true;
+    bool digit = false;  // the list ends with one, and a comma follows only one
+    for (char c : text.substr(5)) {
+      const bool is_digit = c >= '0' && c <= '9';
+      ok = ok && (is_digit || (c == ',' && digit));
+      digit = is_digit;
+    }
+    ok = ok && digit;
+  }
+  if (!ok) fail("--device: expected auto, ref, cpu, cuda or cuda:0,1, got \"%s\"", text.c_str());
+  return text;
+}
+
 std::span<const OptionRow> options_table() {
   static const OptionRow rows[] = {
       {"--device", "WHERE", "auto, ref, cpu, cuda, cuda:0,1 (default auto: a GPU if there is one)",
-       [](Options& o, const std::string& v) { o.device = v; }},
+       [](Options& o, const std::string& v) { o.device = parse_device(v); }},
       {"--act", "FORMAT", "round activations of matrix products: f32, bf16, int8 (default int8 on the CPU, bf16 on a GPU)",
        [](Options& o, const std::string& v) { o.act = parse_choice(v, "--act", {"f32", "bf16", "int8"}); }},
       {"--kv-type", "FORMAT", "KV cache: f32, bf16 (default bf16; f32 with --act f32)",
@@ -118,7 +136,7 @@ static std::vector<float> rope_frequencies(const QnFile& f, const ModelInfo& m) 
   std::vector<float> out(static_cast<size_t>(dim / 2));
   double lo = 0, hi = 0;
   if (m.yarn_factor != 1) {
-    const double length = static_cast<double>(f.integer("rope.yarn_original_context", 1, 1 << 28));
+    const double length = static_cast<double>(f.integer("rope.yarn_original_context", 1, qn::kMaxYarnContext));
     auto corr = [&](double rotations) { return dim * std::log(length / (2 * M_PI * rotations)) / (2 * std::log(m.rope_theta)); };
     lo = corr(f.real("rope.yarn_beta_fast", 1e-3, 1e6));
     hi = corr(f.real("rope.yarn_beta_slow", 1e-3, 1e6));
@@ -167,58 +185,58 @@ static void read_general(const QnFile& f, ModelInfo& m) {
   m.sampling = sampling_defaults(f, m.chat);
   m.file_bytes = f.size();
   if (f.has("token.end"))
-    for (int64_t id : f.integers("token.end", 64, 0, 1 << 24)) m.end_tokens.push_back(static_cast<int32_t>(id));
+    for (int64_t id : f.integers("token.end", qn::kMaxEndTokens, 0, qn::kMaxVocab)) m.end_tokens.push_back(static_cast<int32_t>(id));
 }
 
-// Every number of the configuration, bounded so that no product of two below overflows.
+// Every number of the configuration, bounded by core/limits.h so that no product of two below overflows.
 static Model read_config(const QnFile& f) {
   Model model;
   ModelInfo& m = model.info;
   read_general(f, m);
   if (!f.has("model.layers") && f.find("tokenizer")) fail("%s: this file holds only a tokenizer; use it with --tokenize or --detokenize", f.path().c_str());
   auto get = [&](const char* key, int64_t min, int64_t max) { return static_cast<int>(f.integer(key, min, max)); };
-  m.layers = get("model.layers", 1, 1024);
-  m.width = get("model.width", 32, 65536);
-  m.vocab = get("model.vocab", 1, 1 << 22);
-  m.context = get("model.context", 1, 1 << 24);
+  m.layers = get("model.layers", 1, qn::kMaxLayers);
+  m.width = get("model.width", qn::kMinWidth, qn::kMaxWidth);
+  m.vocab = get("model.vocab", 1, qn::kMaxVocab);
+  m.context = get("model.context", 1, qn::kMaxContext);
   model.eps = static_cast<float>(f.real("model.rms_eps", 0, 1));
-  m.heads = get("attention.heads", 1, 1024);
-  m.kv_heads = get("attention.kv_heads", 1, 1024);
-  m.head_dim = get("attention.head_dim", 32, 1024);
-  m.rotary_dim = get("attention.rotary_dim", 2, 1024);
-  m.rope_theta = f.real("rope.theta", 1.0001, 1e12);
-  m.yarn_factor = f.real("rope.yarn_factor", 1, 4096);
-  m.key_heads = get("delta.key_heads", 1, 1024);
-  m.value_heads = get("delta.value_heads", 1, 1024);
-  m.key_dim = get("delta.key_dim", 32, 1024);
-  m.value_dim = get("delta.value_dim", 32, 1024);
-  m.conv = get("delta.conv", 4, 4);
-  m.experts = get("moe.experts", 1, 65536);
-  m.chosen = get("moe.chosen", 1, 256);
-  m.expert_width = get("moe.expert_width", 32, 65536);
-  m.shared_width = get("moe.shared_width", 32, 65536);
+  m.heads = get("attention.heads", 1, qn::kMaxHeads);
+  m.kv_heads = get("attention.kv_heads", 1, qn::kMaxHeads);
+  m.head_dim = get("attention.head_dim", qn::kMinHeadDim, qn::kMaxHeadDim);
+  m.rotary_dim = get("attention.rotary_dim", qn::kMinRotaryDim, qn::kMaxHeadDim);
+  m.rope_theta = f.real("rope.theta", qn::kMinRopeTheta, qn::kMaxRopeTheta);
+  m.yarn_factor = f.real("rope.yarn_factor", 1, qn::kMaxYarnFactor);
+  m.key_heads = get("delta.key_heads", 1, qn::kMaxHeads);
+  m.value_heads = get("delta.value_heads", 1, qn::kMaxHeads);
+  m.key_dim = get("delta.key_dim", qn::kMinHeadDim, qn::kMaxHeadDim);
+  m.value_dim = get("delta.value_dim", qn::kMinHeadDim, qn::kMaxHeadDim);
+  m.conv = get("delta.conv", qn::kConv, qn::kConv);
+  m.experts = get("moe.experts", 1, qn::kMaxExperts);
+  m.chosen = get("moe.chosen", 1, qn::kMaxChosen);
+  m.expert_width = get("moe.expert_width", qn::kMinWidth, qn::kMaxWidth);
+  m.shared_width = get("moe.shared_width", qn::kMinWidth, qn::kMaxWidth);
   model.renormalise = get("moe.renormalise", 0, 1) == 1;
   m.mtp = get("model.mtp", 0, 1) == 1;
 
   const char* path = f.path().c_str();
-  auto multiple = [&](const char* what, int v, int of) {
-    if (v % of) fail("%s: %s: expected a multiple of %d, got %d", path, what, of, v);
+  auto multiple = [&](const char* what, int64_t v, int64_t of) {
+    if (v % of) fail("%s: %s: expected a multiple of %d, got %d", path, what, static_cast<int>(of), static_cast<int>(v));
   };
-  multiple("model.width", m.width, 32);
-  multiple("attention.head_dim", m.head_dim, 32);
-  multiple("attention.rotary_dim", m.rotary_dim, 2);
-  multiple("delta.key_dim", m.key_dim, 32);
-  multiple("delta.value_dim", m.value_dim, 32);
-  multiple("moe.expert_width", m.expert_width, 32);
-  multiple("moe.shared_width", m.shared_width, 32);
+  multiple("model.width", m.width, qn::kWidthMultiple);
+  multiple("attention.head_dim", m.head_dim, qn::kHeadDimMultiple);
+  multiple("attention.rotary_dim", m.rotary_dim, qn::kRotaryDimMultiple);
+  multiple("delta.key_dim", m.key_dim, qn::kHeadDimMultiple);
+  multiple("delta.value_dim", m.value_dim, qn::kHeadDimMultiple);
+  multiple("moe.expert_width", m.expert_width, qn::kWidthMultiple);
+  multiple("moe.shared_width", m.shared_width, qn::kWidthMultiple);
   multiple("attention.heads", m.heads, m.kv_heads);
   multiple("delta.value_heads", m.value_heads, m.key_heads);
   if (m.rotary_dim > m.head_dim) fail("%s: attention.rotary_dim: expected at most head_dim %d, got %d", path, m.head_dim, m.rotary_dim);
   if (m.chosen > m.experts) fail("%s: moe.chosen: expected at most %d experts, got %d", path, m.experts, m.chosen);
-  if (static_cast<int64_t>(m.experts) * m.layers > 1 << 20) fail("%s: %d experts in %d layers are more than this program handles", path, m.experts, m.layers);
-  if (model.qkvz_rows() > 1 << 20 || model.qgkv_rows() > 1 << 20) fail("%s: head counts and widths give projections of over a million rows", path);
+  if (static_cast<int64_t>(m.experts) * m.layers > qn::kMaxExpertRecords) fail("%s: %d experts in %d layers are more than this program handles", path, m.experts, m.layers);
+  if (model.qkvz_rows() > qn::kMaxProjectionRows || model.qgkv_rows() > qn::kMaxProjectionRows) fail("%s: head counts and widths give projections of over a million rows", path);
 
-  const std::vector<int64_t> kinds = f.integers("model.layer_kinds", 1024, 0, 1);
+  const std::vector<int64_t> kinds = f.integers("model.layer_kinds", qn::kMaxLayers, 0, 1);
   if (kinds.size() != static_cast<size_t>(m.layers)) fail("%s: model.layer_kinds: expected %d entries, got %zu", path, m.layers, kinds.size());
   for (int64_t k : kinds) model.attention.push_back(k == 1);
   model.rope_scale = static_cast<float>(f.real("rope.attention_factor", 1e-3, 1e3));
@@ -320,8 +338,7 @@ class Binder {
 
 static std::unique_ptr<Device> make_device(const Options& o) {
   if (o.device == "ref") return qn::make_ref_device();
-  if (o.device.rfind("cuda", 0) == 0) return qn::make_cuda_device(0);
-  if (o.device != "auto" && o.device != "cpu") fail("--device: expected auto, ref, cpu, cuda or cuda:0,1, got \"%s\"", o.device.c_str());
+  if (parse_device(o.device).rfind("cuda", 0) == 0 || (o.device == "auto" && !qn::list_cuda_devices().empty())) return qn::make_cuda_device(0);
   const qn::Isa isa = o.isa == "scalar" ? qn::Isa::Scalar : o.isa == "avx2" ? qn::Isa::Avx2 : o.isa == "avx512" ? qn::Isa::Avx512 : qn::Isa::Auto;
   return qn::make_cpu_device(o.threads, isa);
 }
@@ -336,7 +353,7 @@ std::vector<std::string> list_devices() {
 }
 
 static Act parse_act(const Options& o) {
-  if (!o.act) return o.device == "ref" ? Act::F32 : Act::INT8;
+  if (!o.act) return o.device.rfind("cuda", 0) == 0 || (o.device == "auto" && !qn::list_cuda_devices().empty()) ? Act::BF16 : Act::INT8;
   return *o.act == "f32" ? Act::F32 : *o.act == "bf16" ? Act::BF16 : Act::INT8;
 }
 
@@ -349,6 +366,7 @@ static qn::StateShape state_shape(const Model& m, int ctx, DType kv_type, bool m
   if (mtp) s.attention.push_back(true);
   s.key_heads = m.info.key_heads, s.value_heads = m.info.value_heads, s.key_dim = m.info.key_dim, s.value_dim = m.info.value_dim;
   s.kv_heads = m.info.kv_heads, s.head_dim = m.info.head_dim, s.context = ctx, s.kv_type = kv_type;
+  s.lagging = mtp;
   s.tail = m.info.width + m.info.vocab;  // final norm of the last position, its logits
   return s;
 }
@@ -356,16 +374,27 @@ static qn::StateShape state_shape(const Model& m, int ctx, DType kv_type, bool m
 static uint64_t scratch_bytes(const Model& m, int t) {
   const ModelInfo& i = m.info;
   const int64_t row = std::max(m.qkvz_rows(), m.qgkv_rows()) + 2 * i.value_heads + std::max(i.heads * i.head_dim, i.value_heads * i.value_dim) +
-                      7 * i.width + i.experts + i.shared_width + 1 + 2 * i.chosen + static_cast<int64_t>(i.chosen) * (i.expert_width + i.width) + 16;
+                      6 * i.width + i.experts + i.shared_width + 1 + 2 * i.chosen + static_cast<int64_t>(i.chosen) * i.expert_width + 16;
   return static_cast<uint64_t>(t * row + kLogitRows * static_cast<int64_t>(i.vocab)) * sizeof(float);
 }
 
-static Plan make_plan(const Model& m, const Options& o, DType kv_type, bool mtp) {
+static qn::OpLimits op_limits(const Model& m, int ubatch, int ctx) {
+  const ModelInfo& i = m.info;
+  qn::OpLimits l;
+  l.tokens = ubatch;
+  l.width = std::max<int64_t>({m.qkvz_rows(), m.qgkv_rows(), 2 * i.width, i.heads * i.head_dim, i.value_heads * i.value_dim, 2 * i.shared_width, 2 * i.expert_width});
+  l.experts = i.experts, l.chosen = i.chosen, l.expert_width = i.expert_width, l.model_width = i.width;
+  l.heads = i.heads, l.context = ctx;
+  l.value_heads = i.value_heads, l.key_heads = i.key_heads, l.key_dim = i.key_dim, l.value_dim = i.value_dim;
+  return l;
+}
+
+static Plan make_plan(const Model& m, const Options& o, DType kv_type, bool mtp, const Device& device) {
   Plan p;
   p.budget = o.ram ? std::min(o.ram, qn::available_ram()) : qn::available_ram();
   p.ubatch = o.ubatch ? o.ubatch : 512;
   p.weights = m.info.file_bytes;
-  p.scratch = scratch_bytes(m, p.ubatch);
+  p.scratch = scratch_bytes(m, p.ubatch) + device.scratch_bytes(op_limits(m, p.ubatch, o.ctx ? o.ctx : m.info.context));
   if (o.ctx > m.info.context) fail("--ctx: %d positions, but the model was made for %d; choose at most that", o.ctx, m.info.context);
   const qn::StateShape one = state_shape(m, 1, kv_type, mtp);
   p.state = one.recurrent_bytes() * (1 + std::max<uint64_t>(3, std::min<uint64_t>(64, kCheckpointBytes / one.recurrent_bytes())));
@@ -373,7 +402,7 @@ static Plan make_plan(const Model& m, const Options& o, DType kv_type, bool mtp)
   if (o.ctx) p.ctx = o.ctx;
   else {  // half of what is left for the cache, so that weights find room beside it
     const uint64_t left = p.budget > fixed ? (p.budget - fixed) / 2 / per_position : 0;
-    p.ctx = static_cast<int>(std::min<uint64_t>(left < 256 ? std::min(left, left) : left / 256 * 256, static_cast<uint64_t>(m.info.context)));
+    p.ctx = static_cast<int>(std::min<uint64_t>(left < 256 ? left : left / 256 * 256, static_cast<uint64_t>(m.info.context)));
   }
   p.kv = per_position * static_cast<uint64_t>(p.ctx);
   if (p.ctx < 1 || fixed + p.kv > p.budget)
@@ -415,7 +444,7 @@ Engine Engine::open(const std::string& path, const Options& options, const Progr
   e->kv_type = options.kv_type.empty() ? (e->act == Act::F32 ? DType::F32 : DType::BF16) : options.kv_type == "f32" ? DType::F32 : DType::BF16;
   e->mtp = options.mtp && e->model.info.mtp;
   e->device = make_device(options);
-  e->plan = make_plan(e->model, options, e->kv_type, e->mtp);
+  e->plan = make_plan(e->model, options, e->kv_type, e->mtp, *e->device);
   e->plan.device = e->device->name();
   e->plan.act = qn::name(e->act), e->plan.kv_type = qn::name(e->kv_type);
   if (options.verify == Verify::Yes || (options.verify == Verify::Auto && e->file.size() < 1ull << 30))
@@ -503,15 +532,9 @@ struct Session::Impl {
     moe.ids = take(t, i.chosen, DType::I32), moe.weights = take(t, i.chosen), moe.inner = take(t * i.chosen, i.expert_width);
     step_memory = device.alloc(2 * sizeof(StepParams), "step parameters");
     step = static_cast<StepParams*>(step_memory.data());
-
-    qn::OpLimits l;
-    l.tokens = ubatch;
-    l.width = std::max<int64_t>({m.qkvz_rows(), m.qgkv_rows(), 2 * i.width, i.heads * i.head_dim, i.value_heads * i.value_dim, 2 * i.shared_width, 2 * i.expert_width});
-    l.experts = i.experts, l.chosen = i.chosen, l.expert_width = i.expert_width, l.model_width = i.width;
-    l.heads = i.heads, l.context = e.plan.ctx;
-    l.value_heads = i.value_heads, l.key_heads = i.key_heads, l.key_dim = i.key_dim, l.value_dim = i.value_dim;
-    device.reserve(l);
+    device.reserve(op_limits(m, ubatch, e.plan.ctx));
   }
+  ~Impl() { device.forget(this); }
 
   Tensor take(int64_t rows, int64_t cols = 0, DType type = DType::F32) {
     const Tensor t = view(static_cast<uint8_t*>(memory.data()) + used, type, rows, cols);
@@ -565,7 +588,7 @@ struct Session::Impl {
     const bool all_rows = e.hook || each || e.mtp;  // final norms of every row are wanted
     auto body = [&] { layers_and_head(n, all_rows); };
     if (all_rows || n > 8) body();
-    else device.recorded(static_cast<uint64_t>(n), body);
+    else device.recorded(this, static_cast<uint64_t>(n), body);
     if (each) all_logits(from, n, *each);
     if (e.mtp) mtp(from, n);
     const Tensor last = hidden.slice(n, 1);
@@ -666,6 +689,7 @@ struct Session::Impl {
     const auto common = static_cast<int>(std::ranges::mismatch(tokens, all).in1 - tokens.begin());
     SyncResult r;
     if (common < position()) go_back(common);
+    else if (common < static_cast<int>(all.size())) state.checkpoint(common);  // where an answer ended: what an undo goes back to
     r.reused = position();
     const double start = now();
     const std::vector<int> marks = checkpoint_positions(all, position());
@@ -729,7 +753,7 @@ struct Session::Impl {
         r.finish = Finish::Interrupted;
         break;
       }
-      const int32_t id = sampler.next(logits, tokens, static_cast<uint64_t>(position()));
+      const int32_t id = sampler.next(logits, tokens, r.ids.size(), static_cast<uint64_t>(position()));
       if (p.stop_at_end_tokens && std::ranges::find(m.info.end_tokens, id) != m.info.end_tokens.end()) {
         r.finish = Finish::EndToken;
         break;
@@ -768,9 +792,10 @@ struct Session::Impl {
     return r;
   }
 
+  // In steps of at most 8 tokens, whose bits are those of decoding one by one on every device.
   void replay(const std::vector<int32_t>& want) {
     while (position() < static_cast<int>(want.size())) {
-      const int from = position(), end = std::min<int>(from + ubatch, static_cast<int>(want.size()));
+      const int from = position(), end = std::min<int>(from + std::min(ubatch, 8), static_cast<int>(want.size()));
       tokens.insert(tokens.end(), want.begin() + from, want.begin() + end);
       forward(from, end - from, nullptr);
     }

@@ -7,12 +7,21 @@
 #include "convert/tokenizer_json.h"
 #include "ggml-lite/base/check.h"
 #include "ggml-lite/base/file.h"
+#include "ggml-lite/core/limits.h"
+#include "ggml-lite/text/unicode.h"
 
 namespace qn {
 
 namespace {
 
-constexpr uint64_t kMaxText = 16 << 20;  // config.json and the like
+constexpr uint64_t kMaxText = 16 << 20;   // config.json and the like
+constexpr int64_t kMaxConverted = 4096;  // experts of a layer: their places in convert.cpp have 14 bits
+static_assert(kMaxConverted <= kMaxExperts);
+
+std::string shown(const Json& v) {
+  const std::string text = v.dump();
+  return text.size() > 100 ? text.substr(0, utf8_complete(std::string_view(text).substr(0, 100))) + "..." : text;
+}
 
 // Keys of one JSON object, each with its bounds; `where` and the key start every message.
 struct Keys {
@@ -50,13 +59,17 @@ struct Keys {
     const Json* v = find(key);
     return v ? v->as_string(what(key)) : otherwise;
   }
+  // Its items, or null when the key is missing.
+  const Json::Items* list(const char* key) const {
+    const Json* v = find(key);
+    if (v && !v->is_array()) fail("%s: expected a list, got %s", what(key).c_str(), shown(*v).c_str());
+    return v ? &v->items() : nullptr;
+  }
 };
 
 void refuse_other_families(const Keys& k) {
   std::string architecture;
-  if (const Json* a = k.find("architectures"); a && !a->items().empty()) {
-    architecture = a->items()[0].as_string(k.what("architectures"));
-  }
+  if (const auto* a = k.list("architectures"); a && !a->empty()) architecture = (*a)[0].as_string(k.what("architectures"));
   const std::string type = k.text("model_type", "");
   if (type != "qwen3_next" && !(type.empty() && architecture == "Qwen3NextForCausalLM")) {
     const bool later = type.rfind("qwen3_5", 0) == 0;
@@ -73,7 +86,7 @@ void refuse_other_families(const Keys& k) {
   }
   if (k.integer("decoder_sparse_step", 1, 1 << 20, 1) != 1)
     fail("%s: expected 1: dense layers are not supported", k.what("decoder_sparse_step").c_str());
-  if (const Json* dense = k.find("mlp_only_layers"); dense && !dense->items().empty()) {
+  if (const auto* dense = k.list("mlp_only_layers"); dense && !dense->empty()) {
     fail("%s: expected []: dense layers are not supported", k.what("mlp_only_layers").c_str());
   }
   k.integer("num_nextn_predict_layers", 0, 1, 1);
@@ -83,19 +96,18 @@ void refuse_other_families(const Keys& k) {
     if (const std::string method = keys.text("quant_method", "?"); method != "fp8") {
       fail("%s: quant_method: expected fp8, got %s: convert the BF16 or FP8 checkpoint instead", where.c_str(), method.c_str());
     }
-    if (const Json* b = keys.find("weight_block_size")) {
-      const auto& i = b->items();
-      if (i.size() != 2 || i[0].as_int(where) != 128 || i[1].as_int(where) != 128) {
-        fail("%s: weight_block_size: expected [128, 128], got %s", where.c_str(), b->dump().c_str());
-      }
+    if (const auto* b = keys.list("weight_block_size")) {
+      const std::string what = keys.what("weight_block_size");
+      if (b->size() != 2 || (*b)[0].as_int(what) != 128 || (*b)[1].as_int(what) != 128)
+        fail("%s: expected [128, 128], got %s", what.c_str(), shown(*keys.find("weight_block_size")).c_str());
     }
   }
 }
 
 std::vector<int64_t> layer_kinds(const Keys& k, int64_t layers) {
   std::vector<int64_t> kinds;
-  if (const Json* types = k.find("layer_types")) {
-    for (const Json& t : types->items()) {
+  if (const auto* types = k.list("layer_types")) {
+    for (const Json& t : *types) {
       const std::string& s = t.as_string(k.what("layer_types"));
       if (s != "linear_attention" && s != "full_attention") {
         fail("%s: expected linear_attention or full_attention, got %s", k.what("layer_types").c_str(), s.c_str());
@@ -132,11 +144,12 @@ void parse_rope(const Keys& k, ModelConfig& c) {
   if (!modern.find("rope_theta") && !k.find("rope_theta")) {
     fail("%s: missing, and it has no safe default (published models use 1e7 and 5e6)", k.what("rope_theta").c_str());
   }
-  c.theta = modern.find("rope_theta") ? modern.real("rope_theta", 1.001, 1e15) : k.real("rope_theta", 1.001, 1e15);
+  c.theta = modern.find("rope_theta") ? modern.real("rope_theta", kMinRopeTheta, kMaxRopeTheta)
+                                     : k.real("rope_theta", kMinRopeTheta, kMaxRopeTheta);
   const double partial =
       modern.find("partial_rotary_factor") ? modern.real("partial_rotary_factor", 0, 1) : k.real("partial_rotary_factor", 0, 1, 0.25);
   c.rotary_dim = static_cast<int64_t>(static_cast<double>(c.head_dim) * partial);
-  if (c.rotary_dim < 2 || c.rotary_dim % 2) {
+  if (c.rotary_dim < kMinRotaryDim || c.rotary_dim % kRotaryDimMultiple) {
     fail("%s: partial_rotary_factor: expected an even number of rotated dims, got %lld of %lld", k.where.c_str(), (long long)c.rotary_dim,
          (long long)c.head_dim);
   }
@@ -148,40 +161,46 @@ void parse_rope(const Keys& k, ModelConfig& c) {
   c.yarn_original = c.context;
   if (type == "default") return;
   if (type != "yarn") fail("%s: rope_type: expected default or yarn, got %s", s.where.c_str(), type.c_str());
-  c.yarn_factor = s.real("factor", 1, 1e4);
-  c.yarn_original = s.integer("original_max_position_embeddings", 1, int64_t{1} << 30, c.context);
+  c.yarn_factor = s.real("factor", 1, kMaxYarnFactor);
+  c.yarn_original = s.integer("original_max_position_embeddings", 1, kMaxYarnContext, c.context);
   c.yarn_beta_fast = s.real("beta_fast", 1e-3, 1e6, 32);
   c.yarn_beta_slow = s.real("beta_slow", 1e-3, 1e6, 1);
   c.yarn_truncate = s.flag("truncate", true);
   c.attention_factor = yarn_attention_factor(s, c.yarn_factor);
   // The model card switches YaRN on without touching max_position_embeddings.
   const double reach = static_cast<double>(c.yarn_original) * c.yarn_factor;
-  c.context = std::max(c.context, static_cast<int64_t>(std::min(reach, 2147483647.0)));
+  c.context = std::max(c.context, static_cast<int64_t>(std::min(reach, double{kMaxContext})));
 }
 
 void check_shapes(const ModelConfig& c, const std::string& where) {
-  auto refuse = [&](const char* what, long long got) { fail("%s: %s, got %lld", where.c_str(), what, got); };
-  if (c.heads % c.kv_heads) refuse("num_attention_heads: expected a multiple of num_key_value_heads", c.heads);
-  if (c.value_heads % c.key_heads) refuse("linear_num_value_heads: expected a multiple of linear_num_key_heads", c.value_heads);
-  if (c.chosen > c.experts) refuse("num_experts_per_tok: expected at most num_experts", c.chosen);
-  constexpr int64_t kMaxWidth = 65536, kMaxExperts = int64_t{1} << 17;
-  const std::pair<const char*, int64_t> widths[] = {
-      {"hidden_size: expected a multiple of 32 up to 65536", c.width},
-      {"moe_intermediate_size: expected a multiple of 32 up to 65536", c.expert_width},
-      {"shared_expert_intermediate_size: expected a multiple of 32 up to 65536", c.shared_width},
-      {"num_attention_heads * head_dim: expected a multiple of 32 up to 65536", c.attention_width()},
-      {"linear_num_value_heads * linear_value_head_dim: expected a multiple of 32 up to 65536", c.delta_width()},
+  const auto multiple = [&](const char* what, int64_t n, int64_t of) {
+    if (n % of) fail("%s: %s: expected a multiple of %lld, got %lld", where.c_str(), what, (long long)of, (long long)n);
   };
-  for (const auto& [what, n] : widths) {
-    if (n % 32 || n > kMaxWidth) refuse(what, n);
-  }
-  if (c.layers * c.experts > kMaxExperts) refuse("num_hidden_layers * num_experts: expected at most 131072", c.layers * c.experts);
+  const auto most = [&](const char* what, int64_t n, int64_t max) {
+    if (n > max) fail("%s: %s: expected at most %lld, got %lld", where.c_str(), what, (long long)max, (long long)n);
+  };
+  multiple("hidden_size", c.width, kWidthMultiple);
+  multiple("moe_intermediate_size", c.expert_width, kWidthMultiple);
+  multiple("shared_expert_intermediate_size", c.shared_width, kWidthMultiple);
+  multiple("head_dim", c.head_dim, kHeadDimMultiple);
+  multiple("linear_key_head_dim", c.key_dim, kHeadDimMultiple);
+  multiple("linear_value_head_dim", c.value_dim, kHeadDimMultiple);
+  multiple("num_attention_heads (by num_key_value_heads)", c.heads, c.kv_heads);
+  multiple("linear_num_value_heads (by linear_num_key_heads)", c.value_heads, c.key_heads);
+  most("num_attention_heads * head_dim", c.attention_width(), kMaxWidth);
+  most("linear_num_value_heads * linear_value_head_dim", c.delta_width(), kMaxWidth);
+  most("rows of in_proj_qkvz, from linear_num_*_heads and linear_*_head_dim", c.qkvz_rows(), kMaxProjectionRows);
+  most("rows of q_proj, k_proj and v_proj, from num_*_heads and head_dim", 2 * (c.heads + c.kv_heads) * c.head_dim, kMaxProjectionRows);
+  most("num_experts_per_tok (by num_experts)", c.chosen, c.experts);
+  most("num_hidden_layers * num_experts", c.layers * c.experts, kMaxExpertRecords);
 }
 
 std::vector<int64_t> token_list(const Json* v, const std::string& what) {
   std::vector<int64_t> ids;
   if (!v || v->is_null()) return ids;
   if (v->is_array()) {
+    if (v->items().size() > kMaxEndTokens)
+      fail("%s: expected at most %lld ids, got %zu", what.c_str(), (long long)kMaxEndTokens, v->items().size());
     for (const Json& i : v->items()) ids.push_back(i.as_int(what));
   } else {
     ids.push_back(v->as_int(what));
@@ -191,7 +210,7 @@ std::vector<int64_t> token_list(const Json* v, const std::string& what) {
 
 std::optional<Json> read_json(const std::string& path) {
   if (!file_exists(path)) return {};
-  Json j = Json::parse(read_text(path, kMaxText), path);
+  Json j = Json::parse(read_small_file(path, kMaxText), path);
   if (!j.is_object()) fail("%s: expected a JSON object", path.c_str());
   return j;
 }
@@ -199,10 +218,11 @@ std::optional<Json> read_json(const std::string& path) {
 // The Jinja text of the checkpoint, "" when it has none: its own file, or a string or a list of named ones in tokenizer_config.json.
 std::string chat_template(const std::string& folder, const std::optional<Json>& tokenizer_config) {
   const std::string own = folder + "/chat_template.jinja";
-  if (file_exists(own)) return read_text(own, kMaxText);
+  if (file_exists(own)) return read_small_file(own, kMaxText);
   const Json* t = tokenizer_config ? tokenizer_config->find("chat_template") : nullptr;
-  if (!t) return "";
+  if (!t || t->is_null()) return "";
   if (t->is_string()) return t->as_string("chat_template");
+  if (!t->is_array()) fail("%s/tokenizer_config.json: chat_template: expected a text or a list, got %s", folder.c_str(), shown(*t).c_str());
   for (const Json& entry : t->items()) {
     const Json *name = entry.find("name"), *text = entry.find("template");
     if (name && text && name->is_string() && text->is_string() && name->as_string("name") == "default") return text->as_string("template");
@@ -223,10 +243,11 @@ void sampling_meta(const std::optional<Json>& generation, ChatStyle style, std::
   auto number = [&](const char* key, double min, double max) -> std::optional<double> {
     const Json* v = generation->find(key);
     if (!v || v->is_null()) return {};
-    const double x = v->is_number() ? v->as_double(key) : NAN;
-    if (x >= min && x <= max) return x;
-    notice(
-        format("warning: generation_config.json: %s: %s is ignored (expected a number from %g to %g)", key, v->dump().c_str(), min, max));
+    try {
+      if (const double x = v->as_double(key); x >= min && x <= max) return x;
+    } catch (const Error&) {  // another kind, or beyond what a double holds
+    }
+    notice(format("warning: generation_config.json: %s: %s is ignored (expected a number from %g to %g)", key, shown(*v).c_str(), min, max));
     return {};
   };
   if (const auto x = number("temperature", 0, 100)) meta["sampling.temperature"] = *x;
@@ -235,7 +256,10 @@ void sampling_meta(const std::optional<Json>& generation, ChatStyle style, std::
   if (const auto x = number("min_p", 0, 1)) meta["sampling.min_p"] = *x;
   if (const auto x = number("repetition_penalty", 1e-3, 100)) meta["sampling.repetition_penalty"] = *x;
   const Json* sample = generation->find("do_sample");
-  if (sample && sample->is_bool() && !sample->as_bool("do_sample")) meta["sampling.temperature"] = 0.0;
+  if (!sample || sample->is_null()) return;
+  if (!sample->is_bool())
+    notice(format("warning: generation_config.json: do_sample: %s is ignored (expected true or false)", shown(*sample).c_str()));
+  else if (!sample->as_bool("do_sample")) meta["sampling.temperature"] = 0.0;
 }
 
 }  // namespace
@@ -245,25 +269,25 @@ ModelConfig parse_config(const Json& json, const std::string& where) {
   const Keys k{json, where};
   refuse_other_families(k);
   ModelConfig c;
-  c.layers = k.integer("num_hidden_layers", 1, 512);
-  c.width = k.integer("hidden_size", 32, 65536);
-  c.vocab = k.integer("vocab_size", 2, 1 << 24);
-  c.context = k.integer("max_position_embeddings", 1, int64_t{1} << 30);
+  c.layers = k.integer("num_hidden_layers", 1, kMaxLayers);
+  c.width = k.integer("hidden_size", kMinWidth, kMaxWidth);
+  c.vocab = k.integer("vocab_size", 1, kMaxVocab);
+  c.context = k.integer("max_position_embeddings", 1, kMaxContext);
   c.rms_eps = k.real("rms_norm_eps", 0, 0.1, 1e-6);
   c.tied = k.flag("tie_word_embeddings", false);
   c.kinds = layer_kinds(k, c.layers);
-  c.heads = k.integer("num_attention_heads", 1, 1024);
-  c.kv_heads = k.integer("num_key_value_heads", 1, 1024);
-  c.head_dim = k.integer("head_dim", 2, 1024, 256);
-  c.key_heads = k.integer("linear_num_key_heads", 1, 1024);
-  c.value_heads = k.integer("linear_num_value_heads", 1, 1024);
-  c.key_dim = k.integer("linear_key_head_dim", 1, 1024);
-  c.value_dim = k.integer("linear_value_head_dim", 1, 1024);
-  c.conv = k.integer("linear_conv_kernel_dim", 4, 4, 4);
-  c.experts = k.integer("num_experts", 1, 4096);
-  c.chosen = k.integer("num_experts_per_tok", 1, 4096);
-  c.expert_width = k.integer("moe_intermediate_size", 32, 65536);
-  c.shared_width = k.integer("shared_expert_intermediate_size", 32, 65536);
+  c.heads = k.integer("num_attention_heads", 1, kMaxHeads);
+  c.kv_heads = k.integer("num_key_value_heads", 1, kMaxHeads);
+  c.head_dim = k.integer("head_dim", kMinHeadDim, kMaxHeadDim, 256);
+  c.key_heads = k.integer("linear_num_key_heads", 1, kMaxHeads);
+  c.value_heads = k.integer("linear_num_value_heads", 1, kMaxHeads);
+  c.key_dim = k.integer("linear_key_head_dim", kMinHeadDim, kMaxHeadDim);
+  c.value_dim = k.integer("linear_value_head_dim", kMinHeadDim, kMaxHeadDim);
+  c.conv = k.integer("linear_conv_kernel_dim", kConv, kConv, kConv);
+  c.experts = k.integer("num_experts", 1, kMaxConverted);
+  c.chosen = k.integer("num_experts_per_tok", 1, kMaxChosen);
+  c.expert_width = k.integer("moe_intermediate_size", kMinWidth, kMaxWidth);
+  c.shared_width = k.integer("shared_expert_intermediate_size", kMinWidth, kMaxWidth);
   c.renormalise = k.flag("norm_topk_prob", true);
   c.end_tokens = token_list(k.find("eos_token_id"), k.what("eos_token_id"));
   c.origin = k.text("_name_or_path", "");
@@ -274,7 +298,7 @@ ModelConfig parse_config(const Json& json, const std::string& where) {
 
 ModelConfig read_config(const std::string& folder) {
   const std::string path = folder + "/config.json";
-  return parse_config(Json::parse(read_text(path, kMaxText), path), path);
+  return parse_config(Json::parse(read_small_file(path, kMaxText), path), path);
 }
 
 std::map<std::string, Meta> model_meta(const ModelConfig& c, bool mtp) {
@@ -345,8 +369,12 @@ TextSetup read_text_setup(const std::string& folder, int64_t vocab, const std::v
   const std::optional<Json> generation = read_json(folder + "/generation_config.json");
 
   // End tokens: generation_config.json, config.json, and the two that end every ChatML answer.
-  std::vector<int64_t> wanted = token_list(generation ? generation->find("eos_token_id") : nullptr, "generation_config.json: eos_token_id"),
-                       end;
+  std::vector<int64_t> wanted, end;
+  try {
+    if (generation) wanted = token_list(generation->find("eos_token_id"), "generation_config.json: eos_token_id");
+  } catch (const Error& e) {
+    notice(format("warning: %s; ignored", e.what()));
+  }
   wanted.insert(wanted.end(), config_end.begin(), config_end.end());
   bool im_end_ends = false;
   for (const char* text : {"<|im_end|>", "<|endoftext|>"}) {
@@ -357,12 +385,14 @@ TextSetup read_text_setup(const std::string& folder, int64_t vocab, const std::v
     }
   }
   for (const int64_t id : wanted) {
-    if (id < 0 || id >= (vocab ? vocab : int64_t{1} << 24)) {
+    if (id < 0 || id >= (vocab ? vocab : kMaxVocab)) {
       notice(format("warning: end token %lld is outside the vocabulary and ignored", (long long)id));
     } else if (std::find(end.begin(), end.end(), id) == end.end()) {
       end.push_back(id);
     }
   }
+  if (end.size() > kMaxEndTokens)
+    fail("%s: eos_token_id: expected at most %lld end tokens in all, got %zu", folder.c_str(), (long long)kMaxEndTokens, end.size());
   out.meta["token.end"] = end;
 
   const std::string jinja = chat_template(folder, tokenizer_config);

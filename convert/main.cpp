@@ -4,7 +4,7 @@
 #include <CLI/CLI.hpp>
 #include <csignal>
 #include <cstdio>
-#include <memory>
+#include <initializer_list>
 
 #include "convert/convert.h"
 #include "convert/synthetic.h"
@@ -28,14 +28,20 @@ struct Arguments {
 };
 
 // What CLI11 cannot say about options: throws CLI::ValidationError or qn::Error, both wrong usage.
-qn::ConvertOptions options_of(const Arguments& a) {
+qn::ConvertOptions options_of(const CLI::App& app, const Arguments& a) {
   if (a.folder.empty() + a.synthetic.empty() + a.tokenizer_only.empty() != 2) {
     throw CLI::ValidationError("expected one of: DIR, --synthetic MODEL, --tokenizer-only DIR");
   }
-  if (a.synthetic.empty() && (a.layers || !a.tokenizer.empty()))
-    throw CLI::ValidationError("--layers and --tokenizer belong to --synthetic");
+  const auto need = [&](bool met, const char* text, std::initializer_list<const char*> options) {
+    for (const char* o : options)
+      if (!met && app.count(o)) throw CLI::ValidationError(qn::format("%s: %s", o, text));
+  };
+  need(!a.synthetic.empty(), "only with --synthetic", {"--layers", "--seed", "--tokenizer"});
+  need(a.tokenizer_only.empty(), "a tokenizer has no weights", {"--experts", "--rest", "--group", "--scale", "--no-mtp"});
+  need(a.synthetic.empty(), "random weights are made in their format, not rounded to it", {"--scale"});
   qn::ConvertOptions o;
   o.recipe = {qn::parse_dtype(a.experts, "--experts", true), qn::parse_dtype(a.rest, "--rest", false), a.group};
+  need(o.recipe.experts == qn::DType::INT4, "only for int4 experts", {"--group"});
   o.scale = a.scale == "max" ? qn::ScaleSearch::Max : qn::ScaleSearch::LeastSquares;
   o.threads = a.threads;
   o.mtp = !a.no_mtp;
@@ -105,7 +111,7 @@ int main(int argc, char** argv) {
   add_options(app, a);
   try {
     app.parse(argc, argv);
-    options = options_of(a);
+    options = options_of(app, a);
     if (!a.synthetic.empty()) qn::synthetic_config(a.synthetic, a.layers);
   } catch (const CLI::CallForHelp& e) {
     return app.exit(e);
@@ -113,8 +119,8 @@ int main(int argc, char** argv) {
     std::fprintf(stderr, "qnext-convert: %s (try --help)\n", e.what());
     return 2;
   }
-  std::signal(SIGINT, on_signal);
-  std::signal(SIGTERM, on_signal);
+  for (const int s : {SIGINT, SIGTERM, SIGHUP})
+    if (std::signal(s, on_signal) == SIG_IGN) std::signal(s, SIG_IGN);  // as nohup left it
   try {
     print_report(a, convert(a, options));
     return 0;

@@ -4,6 +4,7 @@
 #include <array>
 #include <cmath>
 #include <cstring>
+#include <unordered_map>
 #include <unordered_set>
 
 #include "ggml-lite/base/check.h"
@@ -56,18 +57,47 @@ void refuse_other_layouts(const std::string& folder, const SafeTensors& tensors)
   }
 }
 
-// The complaints about a checkpoint: the first few by name, all by number.
-struct Complaints {
-  const Notice& notice;
+// The complaints about a checkpoint. Lines that differ only in the number of an expert become one:
+// "missing model.layers.3.mlp.experts.{0..6,8..511}.up_proj.weight [512, 2048]".
+class Complaints {
+ public:
   uint64_t missing = 0, unexpected = 0, misshapen = 0;
   std::string first;
 
-  uint64_t total() const { return missing + unexpected + misshapen; }
   void add(uint64_t& counter, const std::string& line) {
-    if (total() < 20) notice(line);
     if (first.empty()) first = line;
     counter++;
+    static const std::string mark = ".experts.";
+    const size_t at = line.find(mark), begin = at == line.npos ? line.size() : at + mark.size();
+    size_t end = begin;
+    while (end < line.size() && line[end] >= '0' && line[end] <= '9') end++;
+    const bool plain = end == begin || end - begin > 9 || (line[begin] == '0' && end - begin > 1);  // no expert's number
+    const std::string head = plain ? line : line.substr(0, begin), tail = plain ? "" : line.substr(end);
+    const auto [known, fresh] = places_.emplace(head + '\n' + tail, lines_.size());  // no line holds a '\n'
+    if (fresh) lines_.push_back({head, tail, {}});
+    if (!plain) lines_[known->second].experts.push_back(std::stoi(line.substr(begin, end - begin)));
   }
+
+  void tell(const Notice& notice) {
+    for (Line& l : lines_) {
+      std::vector<int>& e = l.experts;
+      std::sort(e.begin(), e.end());
+      std::string runs;
+      for (size_t i = 0, j; i < e.size(); i = j) {
+        for (j = i + 1; j < e.size() && e[j] == e[j - 1] + 1;) j++;
+        runs += (i ? "," : "") + std::to_string(e[i]) + (j > i + 1 ? ".." + std::to_string(e[j - 1]) : "");
+      }
+      notice(l.head + (e.size() > 1 ? "{" + runs + "}" : runs) + l.tail);
+    }
+  }
+
+ private:
+  struct Line {
+    std::string head, tail;    // around the number
+    std::vector<int> experts;  // empty: the line is `head`
+  };
+  std::vector<Line> lines_;
+  std::unordered_map<std::string, size_t> places_;  // in lines_
 };
 
 }  // namespace
@@ -94,12 +124,12 @@ bool Checkpoint::is_fp8(const std::string& name) const {
 }
 
 void Checkpoint::check(const std::vector<Target>& layout, const ModelConfig& c, bool mtp, const Notice& notice) const {
-  Complaints bad{notice, 0, 0, 0, {}};
+  Complaints bad;
   std::unordered_set<std::string> used;
   for_each_source(layout, [&](const SourceTensor& s) {
     const SafeTensor* t = tensors_.find(s.name);
-    if (!t) return bad.add(bad.missing, format("missing %s %s", s.name.c_str(), shape_text(s.shape).c_str()));
     if (!used.insert(s.name).second) return;
+    if (!t) return bad.add(bad.missing, format("missing %s %s", s.name.c_str(), shape_text(s.shape).c_str()));
     if (t->shape != s.shape) {
       bad.add(bad.misshapen,
               format("misshapen %s: expected %s, got %s", s.name.c_str(), shape_text(s.shape).c_str(), shape_text(t->shape).c_str()));
@@ -126,8 +156,8 @@ void Checkpoint::check(const std::vector<Target>& layout, const ModelConfig& c, 
     if (c.tied && name == "lm_head.weight") continue;  // tied: never read, whatever it holds
     bad.add(bad.unexpected, format("unexpected %s %s", name.c_str(), shape_text(t.shape).c_str()));
   }
-  if (!bad.total()) return;
-  if (bad.total() > 20) notice(format("... and %llu more", (unsigned long long)(bad.total() - 20)));
+  if (bad.first.empty()) return;
+  bad.tell(notice);
   fail("%s: the tensors do not fit config.json: %llu missing, %llu unexpected, %llu misshapen; first: %s", folder_.c_str(),
        (unsigned long long)bad.missing, (unsigned long long)bad.unexpected, (unsigned long long)bad.misshapen, bad.first.c_str());
 }

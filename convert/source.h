@@ -26,7 +26,7 @@ class Checkpoint {
   bool is_fp8(const std::string& name) const;
 
   // Holds the checkpoint against what the layout reads. Every tensor that is missing, unexpected, of another shape or of a type
-  // that cannot be read is told to `notice` (the first 20, then a count); then throws Error. Without `mtp`, mtp.* may be anything.
+  // that cannot be read is told to `notice` (experts of equal fate in one line); then throws Error. Without `mtp`, mtp.* may be anything.
   void check(const std::vector<Target>& layout, const ModelConfig& c, bool mtp, const Notice& notice) const;
 
   // Stored rows [begin, begin + n) of m as (n, m.cols) fp32, in stored order, folded. For interleaved matrices begin and n are

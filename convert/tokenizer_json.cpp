@@ -184,7 +184,7 @@ TokenizerData read_tokenizer(const std::string& folder) {
   reader.path = folder + "/tokenizer.json";
   if (!file_exists(reader.path))
     fail("%s: no such file; a tokenizer is read from tokenizer.json (vocab.json and merges.txt are not enough)", reader.path.c_str());
-  const Json root = Json::parse(read_text(reader.path, kMaxBytes), reader.path);
+  const Json root = Json::parse(read_small_file(reader.path, kMaxBytes), reader.path);
   TokenizerData data;
   reader.check_pipeline(root);
   const Json* normalizer = root.find("normalizer");

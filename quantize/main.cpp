@@ -61,11 +61,15 @@ int main(int argc, char** argv) {
   app.add_flag("--allow-requantize", options.allow_requantize, "let int4 experts be decoded and stored again in another group");
   try {
     app.parse(argc, argv);
-  } catch (const CLI::ParseError& e) {
-    return app.exit(e) == 0 ? 0 : 2;
+    if (options.group && !experts.empty() && experts != "int4") throw CLI::ValidationError("--group is for int4 experts");
+  } catch (const CLI::CallForHelp& e) {
+    return app.exit(e);
+  } catch (const std::exception& e) {
+    std::fprintf(stderr, "qnext-quantize: %s (try --help)\n", e.what());
+    return 2;
   }
-  std::signal(SIGINT, stop);
-  std::signal(SIGTERM, stop);
+  for (const int s : {SIGINT, SIGTERM, SIGHUP})
+    if (std::signal(s, stop) == SIG_IGN) std::signal(s, SIG_IGN);  // as nohup left it
   try {
     if (experts.empty() && rest.empty()) experts = "int4";
     if (!experts.empty()) options.experts = qn::parse_dtype(experts, "--experts", true);

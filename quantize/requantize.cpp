@@ -166,7 +166,8 @@ void Requantizer::plan() {
 }
 
 void Requantizer::set_provenance(QnWriter& writer) const {
-  std::string text = "qnext-quantize:";
+  const char* key = "general.quantizer";
+  std::string text = (source_.has(key) ? source_.text(key) + "; then " : "") + "qnext-quantize:";
   for (const Job& j : jobs_) {
     const Kind kind = kind_of(j.to.name);
     if (kind == Kind::Experts) {
@@ -181,7 +182,7 @@ void Requantizer::set_provenance(QnWriter& writer) const {
   }
   if (options_.rest) text += std::string(" rest ") + name(*options_.rest) + ",";
   text += options_.search == ScaleSearch::Max ? " scale max" : " scale search";
-  writer.set("general.quantizer", text + ", from " + std::filesystem::path(source_.path()).filename().string());
+  writer.set(key, text + ", from " + std::filesystem::path(source_.path()).filename().string());
 }
 
 void check(uint32_t crc, uint32_t expected, const std::string& what) {

@@ -51,7 +51,9 @@ refused 2 "act.*f64" "$cli" -m "$m" -p x --act f64
 refused 1 "none.qn" "$cli" -m "$tmp/none.qn" -p x
 refused 1 "none.txt" "$cli" -m "$m" -f "$tmp/none.txt"
 refused 1 "none.json" "$cli" -m "$m" --tools "$tmp/none.json" -p x
-refused 1 "device" "$cli" -m "$m" --device tpu -p x
+refused 2 "device" "$cli" -m "$m" --device tpu -p x
+refused 2 "device" "$cli" -m "$m" --device cuda:0, -p x
+refused 1 "no CUDA device" "$cli" -m "$m" --device cuda:0,1 -p x
 refused 1 "empty" "$cli" -m "$m" -p ""
 refused 1 "empty" "$cli" -m "$m"
 refused 1 "ctx" "$cli" -m "$m" --ctx 8 -p "A prompt that is certainly longer than eight tokens, is it not?"

@@ -2,7 +2,7 @@
 //
 //   qnext-fuzz [--seconds S] [--count N] [--seed X] [--first I] [--verbose 1] KIND FILE...
 //
-// FILE: a seed; for "convert" a folder. --verbose 1 prints why mutants are refused. Mutants lie in TMPDIR: one in memory is faster.
+// FILE: a seed; for "convert" a folder, for "tokenizer-json" a file of the name tokenizer.json. --verbose 1 prints why mutants are refused. Mutants lie in TMPDIR: one in memory is faster.
 //
 // Case i of seed X is always the same mutant. A case is good when the reader accepts the mutant or throws qn::Error; any other
 // exception, a crash, more than 10 s or more than 1.5 GiB is a failure: its mutant is kept, and the exit status is 1. The cases
@@ -14,6 +14,7 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <cctype>
 #include <cerrno>
 #include <chrono>
 #include <cstdio>
@@ -22,6 +23,7 @@
 #include <typeinfo>
 
 #include "convert/convert.h"
+#include "convert/tokenizer_json.h"
 #include "ggml-lite/base/file.h"
 #include "ggml-lite/base/hash.h"
 #include "ggml-lite/base/json.h"
@@ -29,6 +31,7 @@
 #include "ggml-lite/core/qn.h"
 #include "ggml-lite/text/tokenizer.h"
 #include "qnext.h"
+#include "quantize/requantize.h"
 #include "tests/temp_dir.h"
 
 using namespace qn;
@@ -59,6 +62,7 @@ void write_number(Bytes& b, size_t at, uint64_t v, size_t size) {
 }
 
 bool is_qn(const Bytes& b) { return b.size() >= 4096 && std::memcmp(b.data(), "QNMODEL\x1a", 8) == 0; }
+bool is_json(const Bytes& b) { return !b.empty() && (b[0] == '{' || b[0] == '['); }
 bool is_safetensors(const Bytes& b) { return b.size() > 8 && b[8] == '{' && read_number(b, 0) <= b.size() - 8; }
 
 struct Mutator {
@@ -78,6 +82,7 @@ struct Mutator {
       return below(48);
     }
     if (is_safetensors(b)) return below(8 + read_number(b, 0));
+    if (is_json(b) && one_in(2)) return below(std::min<size_t>(b.size(), 8000));  // of tokenizer.json: all but the long lists
     return below(b.size());
   }
 
@@ -115,10 +120,52 @@ struct Mutator {
     splice(b, at, end - at, Bytes(word.begin(), word.end()));
   }
 
+  // A whole token of JSON near `at`: what comes after the next bracket, colon or comma.
+  static std::pair<size_t, size_t> token(const Bytes& b, size_t at) {
+    const auto one_of = [&](size_t i, const char* set) { return b[i] != 0 && std::strchr(set, b[i]); };
+    while (at < b.size() && !one_of(at, "{[:,")) at++;
+    for (at = std::min(at + 1, b.size()); at < b.size() && std::isspace(b[at]);) at++;
+    size_t end = at;
+    if (at < b.size() && b[at] == '"') {
+      for (end++; end < b.size() && b[end] != '"';) end += b[end] == '\\' ? 2 : 1;
+      end++;
+    } else {
+      while (end < b.size() && !one_of(end, "{}[]:,\" \n")) end++;
+    }
+    return {at, std::min(std::max(end, at + 1), b.size())};
+  }
+
+  // Such a token is replaced by another one of some seed or by a value of another kind, doubled, or taken out.
+  void damage_token(Bytes& b, size_t at) {
+    static const char* const values[] = {"null", "true", "{}", "[]", "\"\"", "\" \"", "0", "-1", "\"a b\"", "[\"a\",\"b\"]", "1e999"};
+    const auto [begin, end] = token(b, at);
+    const size_t n = end - begin;
+    const Bytes same(b.begin() + static_cast<ptrdiff_t>(begin), b.begin() + static_cast<ptrdiff_t>(end));
+    switch (below(4)) {
+      case 0: {
+        const std::string value = values[below(std::size(values))];
+        return splice(b, begin, n, Bytes(value.begin(), value.end()));
+      }
+      case 1: {
+        const Seed& s = seeds[below(seeds.size())];
+        const Bytes& from = s[below(s.size())].bytes;
+        const auto [first, last] = token(from, from.empty() ? 0 : place(from));
+        return splice(b, begin, n, Bytes(from.begin() + static_cast<ptrdiff_t>(first), from.begin() + static_cast<ptrdiff_t>(last)));
+      }
+      case 2: {
+        Bytes twice = same;
+        twice.push_back(',');
+        twice.insert(twice.end(), same.begin(), same.end());
+        return splice(b, begin, n, twice);
+      }
+      default: return splice(b, begin, n + (end < b.size() && b[end] == ','), {});
+    }
+  }
+
   void damage(Bytes& b) {
     if (b.empty()) return b.push_back(static_cast<uint8_t>(rng()));
     const size_t at = place(b);
-    switch (below(is_qn(b) ? 8 : 10)) {
+    switch (below(is_qn(b) ? 8 : 12)) {
       case 0: b[at] ^= static_cast<uint8_t>(1 << below(8)); break;
       case 1: b[at] = static_cast<uint8_t>(rng()); break;
       case 2:
@@ -142,7 +189,9 @@ struct Mutator {
         else if (one_in(2)) splice(b, at, below(64), {});                         // removal
         else splice(b, at, 0, Bytes(1 + below(64), static_cast<uint8_t>(rng())));  // insertion
         break;
-      default: tweak_text(b, at); break;
+      case 8:
+      case 9: tweak_text(b, at); break;
+      default: damage_token(b, at); break;
     }
   }
 };
@@ -177,14 +226,20 @@ void feed_json(const Case& c) {
   j.dump_python();
 }
 
-void feed_tokenizer(const Case& c) {
-  const Tokenizer t(c.bytes);
+void use_tokenizer(const Tokenizer& t) {
   const auto ids = t.encode("Hello <|im_start|>w\xc3\xb6rld 123\n\n  \xe4\xbd\xa0\xe5\xa5\xbd", true);
   t.decode(ids);
   for (const int32_t id : {-1, 0, 1, t.size() - 1, t.size(), INT32_MAX}) {
     if (t.has(id) != !t.bytes(id).empty() && !t.special(id)) throw std::runtime_error("has() and bytes() disagree");
   }
   t.find_added("<|im_end|>");
+}
+
+void feed_tokenizer(const Case& c) { use_tokenizer(Tokenizer(c.bytes)); }
+
+void feed_tokenizer_json(const Case& c) {
+  const std::vector<uint8_t> tables = pack(read_tokenizer(c.path));
+  use_tokenizer(Tokenizer(tables));
 }
 
 void feed_safetensors(const Case& c) {
@@ -223,28 +278,47 @@ void feed_engine(const Case& c) {
   if (engine.has_tokenizer()) engine.tokenize("Hello <|im_end|>", true);
 }
 
+// What was just written must be sound, whatever it was made from.
+void reopen(const std::string& path) {
+  try {
+    QnFile::open(path).verify(1);
+  } catch (const Error& e) {
+    throw std::runtime_error(std::string("what was written cannot be read: ") + e.what());
+  }
+}
+
 void feed_convert(const Case& c) {
   ConvertOptions options;
   options.threads = 1;
   convert_folder(c.path, c.out, options);
-  QnFile::open(c.out);
+  reopen(c.out);
+}
+
+void feed_quantize(const Case& c) {
+  RequantizeOptions options;
+  options.experts = DType::INT4, options.rest = DType::INT8, options.group = 32;
+  options.threads = 1, options.allow_requantize = true;
+  requantize(c.path, c.out, options);
+  reopen(c.out);
 }
 
 struct FuzzKind {
   const char* name;
   void (*feed)(const Case&);
-  bool in_file;   // wants the mutant in a file
-  bool repaired;  // .qn: with checksums made right
+  enum { Memory, File, Folder } in;  // what the mutant lies in
+  bool repaired;                     // .qn: with checksums made right
 };
 
 constexpr FuzzKind kKinds[] = {
-    {"json", feed_json, false, false},
-    {"tokenizer", feed_tokenizer, false, false},  // packed tables, or a .qn that holds them
-    {"safetensors", feed_safetensors, true, false},
-    {"qn", feed_qn, true, false},
-    {"qn-repaired", feed_qn, true, true},
-    {"engine", feed_engine, true, true},
-    {"convert", feed_convert, true, false},
+    {"json", feed_json, FuzzKind::Memory, false},
+    {"tokenizer", feed_tokenizer, FuzzKind::Memory, false},  // packed tables, or a .qn that holds them
+    {"tokenizer-json", feed_tokenizer_json, FuzzKind::Folder, false},
+    {"safetensors", feed_safetensors, FuzzKind::File, false},
+    {"qn", feed_qn, FuzzKind::File, false},
+    {"qn-repaired", feed_qn, FuzzKind::File, true},
+    {"quantize", feed_quantize, FuzzKind::File, true},
+    {"engine", feed_engine, FuzzKind::File, true},
+    {"convert", feed_convert, FuzzKind::Folder, false},
 };
 
 // ---- running ------------------------------------------------------------------------------------------------------------
@@ -314,7 +388,11 @@ Mutant make_mutant(const Run& run, uint64_t i) {
   const Seed& seed = run.seeds[m.below(run.seeds.size())];
   Mutant r{&seed, m.below(seed.size()), {}};
   r.bytes = seed[r.file].bytes;
-  for (size_t n = m.one_in(2) ? 1 : 1 + m.below(5); n > 0; n--) m.damage(r.bytes);
+  const bool whole_tokens = is_json(r.bytes) && m.one_in(2);  // mostly still JSON: for what comes after the parser
+  for (size_t n = m.one_in(2) ? 1 : 1 + m.below(5); n > 0; n--) {
+    if (whole_tokens) m.damage_token(r.bytes, m.place(r.bytes));
+    else m.damage(r.bytes);
+  }
   if (run.kind->repaired) repair(r.bytes, m);
   return r;
 }
@@ -330,11 +408,12 @@ double now() { return std::chrono::duration<double>(std::chrono::steady_clock::n
 Outcome run_case(const Run& run, uint64_t i, const std::string& temp) {
   const Mutant m = make_mutant(run, i);
   const std::string out = temp + "/out.qn", single = temp + "/mutant", folder = temp + "/folder";
-  const bool is_folder = m.seed->size() > 1;
-  if (run.kind->in_file && !is_folder) put_file(single, m.bytes);
+  const bool is_folder = run.kind->in == FuzzKind::Folder;
+  std::filesystem::remove(out);
+  if (run.kind->in == FuzzKind::File) put_file(single, m.bytes);
   if (is_folder) {
+    std::filesystem::remove_all(folder);  // the last seed may have had other files
     std::filesystem::create_directories(folder);
-    std::filesystem::remove(out);
     for (size_t f = 0; f < m.seed->size(); f++)
       put_file(folder + "/" + (*m.seed)[f].name, f == m.file ? m.bytes : (*m.seed)[f].bytes);
   }

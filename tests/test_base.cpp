@@ -1,6 +1,7 @@
 // base/hash, base/file, and the number conversions of core/blocks.h.
 #include <doctest/doctest.h>
 #include <sys/stat.h>
+#include <unistd.h>
 
 #include <algorithm>
 #include <cmath>
@@ -243,6 +244,23 @@ TEST_CASE("OutFile: what a signal handler would do") {
   open.clear();
   for (int i = 0; i < 100; i++) OutFile again(dir / "again");  // places in the list are given back
   CHECK(files_in(dir.path) == 1);
+
+  // A leftover with our number is somebody else's: neither used nor removed. A name may hold any byte.
+  const std::string odd = dir / "a\tb", leftover = odd + ".tmp-" + std::to_string(::getpid());
+  put_file(leftover, {7});
+  {
+    OutFile out(odd);
+    CHECK(file_exists(leftover + "-1"));
+    remove_unfinished_files();
+    CHECK(!file_exists(leftover + "-1"));
+    CHECK(file_bytes(leftover) == std::vector<uint8_t>{7});
+  }
+  std::vector<OutFile> full;
+  const std::string message = error_of([&] {
+    for (int i = 0; i < 1000; i++) full.emplace_back(dir / ("g" + std::to_string(i)));
+  });
+  check_error(message, {"too many files"});
+  CHECK(files_in(dir.path) == 2 + full.size());  // the one too many is gone
 }
 
 TEST_CASE("OutFile: several threads, a link, and places where no file can be") {
@@ -297,6 +315,15 @@ TEST_CASE("read_text and the questions about paths") {
   CHECK(read_text(path, 0).empty());
   CHECK(error_of([&] { read_text(dir.path, 100); }) != "");
   CHECK(error_of([&] { read_text(dir / "none", 100); }) != "");
+  REQUIRE(::mkfifo((dir / "pipe").c_str(), 0600) == 0);
+  std::thread writer([&] { put_file(dir / "pipe", {'h', 'i'}); });
+  CHECK(read_text(dir / "pipe", 2) == "hi");  // waits for it
+  writer.join();
+  put_file(dir / "small", {'a', 'b', 'c'});
+  CHECK(read_small_file(dir / "small", 3) == "abc");
+  check_error(error_of([&] { read_small_file(dir / "small", 2); }), {"small", "at most 2"});
+  check_error(error_of([&] { read_small_file(dir / "pipe", 100); }), {"pipe", "not a regular file"});  // does not wait
+  check_error(error_of([&] { read_small_file("/dev/zero", 100); }), {"/dev/zero", "not a regular file"});
   CHECK(file_exists(path));
   CHECK(!file_exists(dir / "none"));
   CHECK(is_directory(dir.path));

@@ -1,5 +1,6 @@
 // The converter against a second derivation of every tensor, written from the specification and sharing nothing with convert/names.
 #include <doctest/doctest.h>
+#include <sys/stat.h>  // mkfifo
 
 #include <algorithm>
 #include <cmath>
@@ -90,8 +91,8 @@ Json config_of(const std::string& folder) { return Json::parse(read_text(folder 
 // Shapes where nothing is equal by chance: three value heads per key head, all widths different, attention in every second layer.
 const char* const kOddConfig = R"({"architectures": ["Qwen3NextForCausalLM"], "model_type": "qwen3_next", "hidden_size": 96,
   "num_hidden_layers": 3, "full_attention_interval": 2, "vocab_size": 37, "max_position_embeddings": 128, "rope_theta": 5e6,
-  "num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 32, "partial_rotary_factor": 0.5, "linear_num_key_heads": 2,
-  "linear_num_value_heads": 6, "linear_key_head_dim": 24, "linear_value_head_dim": 16, "num_experts": 5, "num_experts_per_tok": 2,
+  "num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 128, "partial_rotary_factor": 0.5, "linear_num_key_heads": 2,
+  "linear_num_value_heads": 6, "linear_key_head_dim": 64, "linear_value_head_dim": 32, "num_experts": 5, "num_experts_per_tok": 2,
   "moe_intermediate_size": 32, "shared_expert_intermediate_size": 160, "tie_word_embeddings": true, "eos_token_id": [3, 4]})";
 
 // F32 values that BF16 cannot hold, so that rounding shows.
@@ -578,8 +579,30 @@ TEST_CASE("convert: tensors that do not fit are named") {
   t = tiny;
   std::erase_if(t, [](const auto& e) { return has(e.first, ".mlp.experts."); });
   CHECK(has(refuse(t), "120 missing"));
-  CHECK(told("... and 100 more"));
-  CHECK(std::count_if(lines.begin(), lines.end(), [](const auto& l) { return has(l, "missing "); }) == 20);
+  CHECK(lines.size() == 15);  // three matrices of five layers
+  CHECK(told("missing model.layers.3.mlp.experts.{0..7}.gate_proj.weight [64, 64]"));
+  CHECK(told("missing mtp.layers.0.mlp.experts.{0..7}.down_proj.weight [64, 64]"));
+
+  t = tiny;  // experts of other fates, numbers beyond ten, and what only looks like an expert
+  const std::string experts = "model.layers.1.mlp.experts.";
+  for (const char* e : {"0", "3", "4", "5", "7"}) t.erase(experts + e + ".up_proj.weight");
+  t.erase(experts + "6.gate_proj.weight");
+  t.at(experts + "2.down_proj.weight").shape = {32, 128};
+  for (const char* e : {"8", "9", "10", "11", "007", "99999999999"}) t[experts + e + ".up_proj.weight"] = {"BF16", {1}, {0, 0}};
+  CHECK(has(refuse(t), "6 missing, 6 unexpected, "));
+  CHECK(told("missing " + experts + "{0,3..5,7}.up_proj.weight [64, 64]"));
+  CHECK(told("missing " + experts + "6.gate_proj.weight [64, 64]"));
+  CHECK(told("misshapen " + experts + "2.down_proj.weight: expected [64, 64], got [32, 128]"));
+  CHECK(told("unexpected " + experts + "{8..11}.up_proj.weight [1]"));
+  CHECK(told("unexpected " + experts + "007.up_proj.weight [1]"));
+  CHECK(told("unexpected " + experts + "99999999999.up_proj.weight [1]"));
+
+  Json tied = config;
+  t = tiny;
+  t.erase("model.embed_tokens.weight");
+  o.recipe.rest = DType::INT8;  // the embedding is read twice, and missing once
+  CHECK(has(refuse(t, tied.set("tie_word_embeddings", Json::boolean(true))), "1 missing, 0 unexpected"));
+  o.recipe.rest = DType::BF16;
 
   t = tiny;
   t["model.layers.0.mlp.switch_mlp.gate_proj.weight"] = {"BF16", {1}, {0, 0}};
@@ -717,6 +740,34 @@ TEST_CASE("convert: config.json in both spellings, defaults, refusals") {
       {"quantization_config", R"({"quant_method": "gptq"})"},
       {"quantization_config", R"({"quant_method": "fp8", "weight_block_size": [64, 64]})"},
       {"moe_intermediate_size", "72"},
+      // What the engine would refuse: just outside of core/limits.h.
+      {"num_hidden_layers", "513"},
+      {"hidden_size", "65568"},
+      {"vocab_size", "4194305"},
+      {"vocab_size", "0"},
+      {"max_position_embeddings", "16777217"},
+      {"num_attention_heads", "1025"},
+      {"head_dim", "48"},
+      {"head_dim", "1056"},
+      {"rope_theta", "1.00001"},
+      {"rope_theta", "1e13"},
+      {"linear_key_head_dim", "24"},
+      {"linear_value_head_dim", "16"},
+      {"linear_value_head_dim", "100"},
+      {"linear_conv_kernel_dim", "5"},
+      {"num_experts", "5000"},
+      {"num_experts_per_tok", "0"},
+      {"shared_expert_intermediate_size", "0"},
+      {"rope_scaling", R"({"rope_type": "yarn", "factor": 5000})"},
+      {"rope_scaling", R"({"rope_type": "yarn", "factor": 4, "original_max_position_embeddings": 268435457})"},
+      // Kinds that must not pass for an empty list.
+      {"mlp_only_layers", R"({"a": 1})"},
+      {"mlp_only_layers", "3"},
+      {"architectures", R"({"a": 1})"},
+      {"layer_types", R"("full_attention")"},
+      {"quantization_config", R"({"quant_method": "fp8", "weight_block_size": {"a": 128}})"},
+      {"quantization_config", "[1]"},
+      {"eos_token_id", R"({"a": 1})"},
   };
   for (const auto& [key, value] : refused) {
     CAPTURE(key);
@@ -725,6 +776,22 @@ TEST_CASE("convert: config.json in both spellings, defaults, refusals") {
     CHECK(has(message, "config.json: "));
     CHECK((has(message, key) || has(message, "rope_type")));
   }
+  // Products of numbers that are legal one by one, at the bound and beyond.
+  auto product = [&](std::initializer_list<std::pair<const char*, int64_t>> numbers) {
+    Json c = old;
+    for (const auto& [key, n] : numbers) c.set(key, Json::number(n));
+    return error_of([&] { parse_config(c, "c"); });
+  };
+  CHECK(product({{"num_hidden_layers", 256}, {"num_experts", 4096}}).empty());
+  CHECK(has(product({{"num_hidden_layers", 257}, {"num_experts", 4096}}), "num_experts: expected at most 1048576, got 1052672"));
+  CHECK(product({{"linear_num_key_heads", 448}, {"linear_num_value_heads", 448}, {"linear_key_head_dim", 1024}}).empty());
+  CHECK(has(product({{"linear_num_key_heads", 512}, {"linear_num_value_heads", 512}, {"linear_key_head_dim", 1024}}),
+            "in_proj_qkvz, from linear_num_*_heads and linear_*_head_dim: expected at most 1048576, got 1179648"));
+  CHECK(has(product({{"num_key_value_heads", 1024}, {"num_attention_heads", 1024}}), "num_attention_heads * head_dim: expected at most 65536"));
+  Json many = Json::array();
+  for (int64_t i = 0; i < 65; i++) many.push(Json::number(i));
+  Json ends = old;
+  CHECK(has(error_of([&] { parse_config(ends.set("eos_token_id", many), "c"); }), "eos_token_id: expected at most 64 ids, got 65"));
   CHECK(has(error_of([&] { parse_config(Json::array(), "c"); }), "c: "));
   CHECK(parse_config(with("num_nextn_predict_layers", "1"), "c").layers == 4);
   CHECK(parse_config(with("head_dim", "null"), "c").head_dim == 256);
@@ -740,6 +807,7 @@ TEST_CASE("convert: yarn is resolved as the specification says") {
   CHECK(four.attention_factor == doctest::Approx(1.138629436111989).epsilon(1e-15));
   CHECK(four.context == 1048576);
   CHECK(four.yarn_original == 262144);
+  CHECK(yarn(R"({"rope_type": "yarn", "factor": 100})").context == 1 << 24);  // no further than the engine goes
   CHECK((four.yarn_beta_fast == 32 && four.yarn_beta_slow == 1 && four.yarn_truncate));
   CHECK(yarn(R"({"type": "yarn", "factor": 2.0})").attention_factor == doctest::Approx(1.0693147180559945).epsilon(1e-15));
   CHECK(yarn(R"({"rope_type": "yarn", "factor": 4, "attention_factor": 0.9})").attention_factor == 0.9);
@@ -821,117 +889,38 @@ TEST_CASE("convert: words, defaults of generation, provenance") {
   CHECK(told("end token 5000"));
   CHECK(told("top_p: 7"));
   CHECK(told("ids, the model only 320"));
+
+  // Odd values in generation_config.json cost a warning each, and nothing else.
+  save_text(folder + "/generation_config.json",
+            R"({"do_sample": 1, "temperature": 1e999, "top_p": {"a": 1}, "top_k": "x", "min_p": [1], "eos_token_id": [1e999]})");
+  lines.clear();
+  convert_folder(folder, dir / "o.qn", o);
+  const QnFile odd = QnFile::open(dir / "o.qn");
+  for (const char* key : {"temperature", "top_p", "top_k", "min_p"}) {
+    CHECK(told(std::string("generation_config.json: ") + key + ": "));
+    CHECK_FALSE(odd.has(std::string("sampling.") + key));
+  }
+  CHECK((told("generation_config.json: do_sample: 1 is ignored") && told("generation_config.json: eos_token_id: ")));
+  CHECK(odd.integers("token.end", 8, 0, 319) == std::vector<int64_t>{2});
+
+  // A pipe by the name of a file is not waited for.
+  for (const char* file : {"/chat_template.jinja", "/generation_config.json", "/tokenizer_config.json", "/tokenizer.json", "/config.json"}) {
+    fs::remove(folder + file);
+    REQUIRE(::mkfifo((folder + file).c_str(), 0600) == 0);
+    CHECK(has(error_of([&] { convert_folder(folder, dir / "p.qn", o); }), std::string(file) + ": is not a regular file"));
+  }
+  save(folder, load(kTiny), (fs::remove(folder + "/config.json"), config));
+  for (const char* file : {"/chat_template.jinja", "/tokenizer_config.json", "/tokenizer.json"}) fs::remove(folder + file);
+
+  fs::remove(folder + "/generation_config.json");
   save_text(folder + "/chat_template.jinja", "another");
   o.chat = ChatStyle::Thinking;
-  fs::remove(folder + "/generation_config.json");
   convert_folder(folder + "/", dir / "o.qn", o);
   const QnFile h = QnFile::open(dir / "o.qn");
   CHECK(h.text("general.chat") == "thinking");
   CHECK(h.text("general.name") == "Some-Name");
   CHECK(h.text("general.template_fingerprint") == format("%016llx", static_cast<unsigned long long>(template_fingerprint("another"))));
   CHECK(h.real("sampling.temperature", 0, 10) == 0.6);
-}
-
-TEST_CASE("synthetic: the same bytes from any number of threads, nothing twice, sizes as designed") {
-  TempDir dir;
-  ModelConfig c = synthetic_config("qwen3-next-80b-a3b", 2);
-  CHECK(c.kinds == std::vector<int64_t>{0, 0});
-  CHECK(synthetic_config("qwen3-next-80b-a3b", 0).layers == 48);
-  CHECK(synthetic_config("qwen3-next-80b-a3b", 0).kinds[47] == 1);
-  CHECK(has(error_of([] { synthetic_config("llama", 1); }), "qwen3-next-80b-a3b"));
-  c.kinds = {0, 1};
-  c.width = 96, c.vocab = 6001, c.experts = 24, c.chosen = 2, c.expert_width = 160, c.shared_width = 32, c.heads = 2, c.kv_heads = 1,
-  c.head_dim = 64;
-  c.key_heads = 1, c.value_heads = 3, c.key_dim = 32, c.value_dim = 32;
-  REQUIRE(c.vocab * c.width > kBlockValues);
-  SyntheticOptions o;
-  for (const DType experts : {DType::INT4, DType::INT8, DType::BF16}) {
-    o.convert.recipe = {experts, experts == DType::BF16 ? DType::BF16 : DType::INT8, 0};
-    o.convert.threads = 1;
-    write_synthetic(c, dir / "a.qn", o);
-    o.convert.threads = 3;
-    const ConvertReport r = write_synthetic(c, dir / "b.qn", o);
-    CHECK(r.file_bytes == fs::file_size(dir / "b.qn"));
-    CHECK(file_bytes(dir / "a.qn") == file_bytes(dir / "b.qn"));
-    o.seed = 2;
-    write_synthetic(c, dir / "b.qn", o);
-    o.seed = 1;
-
-    const QnFile f = QnFile::open(dir / "a.qn"), other = QnFile::open(dir / "b.qn");
-    std::set<Values> rows;
-    size_t count = 0;
-    auto matrix = [&](const std::string& name, const Tensor& w, double want_rms, const Tensor& w2) {
-      CAPTURE(name);
-      double power = 0, mean = 0;
-      for (int64_t i = 0; i < w.rows(); i++) {
-        Values v(static_cast<size_t>(w.cols())), v2 = v;
-        decode_row(w, i, v);
-        decode_row(w2, i, v2);
-        CHECK(v != v2);
-        for (const float x : v) power += static_cast<double>(x) * x, mean += static_cast<double>(x);
-        CHECK(rows.insert(v).second);
-        count++;
-      }
-      const double n = static_cast<double>(w.rows() * w.cols()), rms = std::sqrt(power / n);
-      CHECK(rms == doctest::Approx(want_rms).epsilon(0.05 + 3 / std::sqrt(n)));
-      CHECK(std::fabs(mean / n) < 5 * rms / std::sqrt(n));
-    };
-    for (const QnTensor& t : f.tensors()) {
-      const QnTensor& t2 = *other.find(t.name);
-      if (t.experts) {
-        const Experts e{f.data(t).data(), t.dtype, t.group, static_cast<int32_t>(t.shape[0]), t.shape[1], t.shape[2]};
-        const Experts e2{other.data(t2).data(), t.dtype, t.group, static_cast<int32_t>(t.shape[0]), t.shape[1], t.shape[2]};
-        for (int64_t i = 0; i < t.shape[0]; i++) {
-          matrix(t.name, e.gate_up(i), 1 / std::sqrt(96.0), e2.gate_up(i));
-          matrix(t.name, e.down(i), 0.5 / std::sqrt(160.0), e2.down(i));
-        }
-      } else if (t.shape.size() == 2 && !t.name.ends_with("conv")) {
-        const double k = static_cast<double>(t.shape[1]);
-        const double gain = t.name == "embed"          ? std::sqrt(k)
-                            : t.name == "head"         ? 2
-                            : t.name.ends_with("qkvz") ? 0.3
-                            : t.name.ends_with("ba")   ? 0.4
-                            : t.name.ends_with("attn.out") || t.name.ends_with("shared_down") || t.name.ends_with("shared_gate") ? 0.5
-                                                                                                                                 : 1;
-        matrix(t.name, weight(f.data(t).data(), t.dtype, t.shape[0], t.shape[1], t.group), gain / std::sqrt(k),
-               weight(other.data(t2).data(), t.dtype, t.shape[0], t.shape[1], t.group));
-      } else if (t.name.ends_with("neg_a")) {
-        for (int64_t i = 0; i < t.shape[0]; i++) {
-          float v;
-          std::memcpy(&v, f.data(t).data() + 4 * i, 4);
-          CHECK((v <= -1 && v >= -16));
-        }
-      } else if (t.name.ends_with("dt_bias")) {
-        for (int64_t i = 0; i < t.shape[0]; i++) {
-          float v;
-          std::memcpy(&v, f.data(t).data() + 4 * i, 4);
-          CHECK((std::log1p(std::exp(v)) >= 0.00099f && std::log1p(std::exp(v)) <= 0.1001f));
-        }
-      }
-    }
-    CHECK(rows.size() == count);
-    CHECK(count > 3 * 24 * (2 * 160 + 96));
-
-    // What pads K and N to whole tiles means zero: the encoder's view of a panel, decoded and encoded again, keeps it.
-    for (const QnTensor& t : f.tensors()) {
-      if (t.experts || !is_t16(t.dtype)) continue;
-      const int64_t n = t.shape[0], k = t.shape[1], kp = round_up(k, kPadK), panel = t16_panel_bytes(t.dtype, k, t.group);
-      std::vector<uint8_t> codes(static_cast<size_t>(16 * kp));
-      std::vector<uint16_t> scales(static_cast<size_t>(kp / t.group * 16));
-      uint64_t bad = 0;
-      for (int64_t p = 0; p < t16_panels(n); p++) {
-        read_panel(t.dtype, k, t.group, f.data(t).data() + p * panel, codes.data(), scales.data());
-        for (int64_t r = 0; r < 16; r++) {
-          for (int64_t j = 0; j < kp; j++) {
-            const bool pad = p * 16 + r >= n || j >= k;
-            bad += pad ? codes[static_cast<size_t>(r * kp + j)] != code_zero(t.dtype) : codes[static_cast<size_t>(r * kp + j)] == 0;
-          }
-        }
-      }
-      CHECK(bad == 0);
-    }
-    f.verify(1);
-  }
 }
 
 }  // namespace qn

@@ -27,9 +27,9 @@ struct Level {
 };
 std::vector<Level> levels() {
   std::vector<Level> all;
-  if (isa_available(Isa::Scalar)) all.push_back({Isa::Scalar, cpu::scalar_kernels()});
-  if (isa_available(Isa::Avx2)) all.push_back({Isa::Avx2, cpu::avx2_kernels()});
-  if (isa_available(Isa::Avx512)) all.push_back({Isa::Avx512, cpu::avx512_kernels()});
+  for (Isa isa : {Isa::Scalar, Isa::Avx2, Isa::Avx512})
+    for (bool bf16 : {false, true})
+      if (const cpu::Kernels* k = cpu::kernels_of(isa, bf16); k && (all.empty() || all.back().kernels != k)) all.push_back({isa, k});
   return all;
 }
 
@@ -68,8 +68,8 @@ std::vector<uint8_t> random_weights(Format f, int64_t n, int64_t k) {
   for (int64_t p = 0; p < t16_panels(n); p++) {
     for (int64_t i = 0; i < 16 * kp; i++) {
       const bool real = p * 16 + i / kp < n && i % kp < k;
-      const uint32_t any = f.type == DType::INT4 ? dice() % 16 : 1 + dice() % 255;
-      const uint32_t edge = f.type == DType::INT4 ? (dice() % 2 ? 15 : 0) : (dice() % 2 ? 255 : 1);
+      const uint32_t any = f.type == DType::INT4 ? dice() % 16 : dice() % 256;
+      const uint32_t edge = f.type == DType::INT4 ? (dice() % 2 ? 15 : 0) : (dice() % 2 ? 255 : dice() % 2);
       codes[static_cast<size_t>(i)] = static_cast<uint8_t>(!real ? static_cast<uint32_t>(code_zero(f.type)) : p % 2 ? edge : any);
     }
     for (uint16_t& s : scales) s = float_to_half(normal(0.02f));
@@ -270,7 +270,7 @@ OpLimits limits() {
   return l;
 }
 std::unique_ptr<Device> device(const Level& level, int threads) {
-  auto d = make_cpu_device(threads, level.isa);
+  auto d = std::make_unique<cpu::CpuDevice>(threads, *level.kernels);
   d->reserve(limits());
   return d;
 }
@@ -471,7 +471,7 @@ TEST_CASE("cpu device: attention whose partial results do not fit the scratch at
   std::vector<uint16_t> keys(static_cast<size_t>((kKeys + kTokens) * kWidth));
   for (uint16_t& k : keys) k = float_to_bf16(static_cast<float>(dice() % 200) * 0.01f - 1);
   auto run = [&](int threads) {
-    auto d = make_cpu_device(threads, level.isa);
+    const auto d = std::make_unique<cpu::CpuDevice>(threads, *level.kernels);
     OpLimits l;
     l.tokens = kTokens, l.width = kHeads * kWidth, l.heads = kHeads, l.context = kKeys + kTokens;
     d->reserve(l);
@@ -519,6 +519,33 @@ TEST_CASE("cpu device: routing survives NaN, memory and scratch are refused by n
   for (int i = 0; i < 1000; i++) REQUIRE(static_cast<uint8_t*>(b.data())[i] == 0);
 }
 
+TEST_CASE("cpu device: scratch is told before it is taken") {
+  cpu::CpuDevice d(2, *levels().back().kernels);
+  const uint64_t told = d.scratch_bytes(limits());
+  OpLimits wider = limits();
+  wider.tokens *= 2;
+  CHECK(told > 64 * 512 * 4);
+  CHECK(d.scratch_bytes(wider) > told);
+  d.reserve(limits());
+  CHECK(d.scratch_bytes(limits()) == told);
+  CHECK(d.scratch_bytes({}) == told);  // what is reserved stays
+}
+
+TEST_CASE("tensor: slices of T16 are whole panels, columns are none") {
+  for (Format f : kFormats) {
+    const std::vector<uint8_t> bytes = random_weights(f, 48, 128);
+    const Tensor w = weight(bytes.data(), f.type, 48, 128, f.group), part = w.slice(16, 20);
+    CHECK(part.rows() == 20);
+    Floats want(128), got(128);
+    for (int64_t n = 0; n < 20; n++) {
+      decode_row(w, 16 + n, want), decode_row(part, n, got);
+      CHECK(same_bits(want, got));
+    }
+    CHECK(static_cast<bool>(w.slice(8, 8)) == !is_t16(f.type));
+    CHECK(static_cast<bool>(w.columns(32, 32)) == !is_t16(f.type));
+  }
+}
+
 TEST_CASE("cpu device: instruction sets and names") {
   CHECK(isa_available(Isa::Auto));
   CHECK(isa_available(Isa::Scalar));
@@ -527,5 +554,5 @@ TEST_CASE("cpu device: instruction sets and names") {
     if (!isa_available(isa)) CHECK_THROWS_AS(make_cpu_device(1, isa), Error);
   CHECK(make_cpu_device(3, Isa::Scalar)->name() == "cpu (3 threads, scalar)");
   CHECK(make_cpu_device(1)->name() == std::string("cpu (1 threads, ") + levels().back().kernels->name + ")");
-  CHECK(cpu_read_bandwidth(1) > 1e8);
+  CHECK(cpu_read_bandwidth(1, 4 << 20) > 1e6);  // so small that it is no bandwidth of memory
 }

@@ -29,7 +29,7 @@ double worst(std::span<const float> a, std::span<const float> b) {
   REQUIRE(a.size() == b.size());
   double w = 0;
   for (size_t i = 0; i < a.size(); i++) {
-    REQUIRE(qn::finite_bits(a[i]));
+    REQUIRE((qn::finite_bits(a[i]) && qn::finite_bits(b[i])));
     w = std::max(w, std::fabs(static_cast<double>(a[i]) - b[i]));
   }
   return w;
@@ -144,6 +144,7 @@ static Ids some_tokens(int n, int vocab) {
 static double relative(std::span<const float> a, std::span<const float> b) {
   double top = 0;
   for (float x : b) top = std::max(top, std::fabs(static_cast<double>(x)));
+  REQUIRE(top > 0);
   return worst(a, b) / top;
 }
 
@@ -224,7 +225,7 @@ TEST_CASE("going back and forth restores the state bit for bit") {
     for (int32_t id : e.tokenize("<|im_end|>\n<|im_start|>user\nWho?<|im_end|>\n<|im_start|>assistant\n", true)) second.push_back(id);
     CHECK(s.sync(second).reused == static_cast<int>(whole.size()));
     s.generate(p, {});
-    s.sync(whole);
+    CHECK(s.sync(whole).prefilled == 0);  // from the checkpoint where the answer ended
     CHECK(s.state_hash() == after_answer);
   }
   SUBCASE("clear, and the same prompt again in the same and in a new session") {
@@ -252,6 +253,8 @@ TEST_CASE("going back and forth restores the state bit for bit") {
     CHECK(seen == text.substr(0, 10));
     CHECK(b.text == seen);
     CHECK(e.detokenize(b.ids).size() <= seen.size());
+    const Ids next(a.ids.begin(), a.ids.begin() + static_cast<std::ptrdiff_t>(b.ids.size()) + 1);
+    CHECK(e.detokenize(next).size() > seen.size());  // and not one token earlier
     CHECK(s.position() == static_cast<int>(first.size() + b.ids.size()));
     Session plain(e);
     Ids prefix = first;
@@ -272,6 +275,24 @@ TEST_CASE("going back and forth restores the state bit for bit") {
     CHECK(b.ids == a.ids);
     CHECK(s.state_hash() == after_answer);
   }
+}
+
+TEST_CASE("the multi-token-prediction layer's cache goes back with the rest") {
+  Options o = options("cpu", "int8");
+  o.mtp = true;
+  Engine e = Engine::open(TestModels::get().path("stories"), o);
+  const Ids prompt = e.tokenize("Once upon a time there was a small bear called Tim.", false);
+  Session s(e), fresh(e);
+  s.sync(prompt);
+  const uint64_t before = s.state_hash();
+  GenerateParams p;
+  p.max_tokens = 9;
+  s.generate(p, {});
+  CHECK(s.state_hash() != before);
+  s.sync(prompt);
+  CHECK(s.state_hash() == before);
+  fresh.sync(prompt);
+  CHECK(fresh.state_hash() == before);
 }
 
 TEST_CASE("what does not fit or is wrong is refused with one line") {

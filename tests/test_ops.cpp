@@ -169,7 +169,7 @@ class Bench {
 };
 
 struct Case {
-  std::string name;  // re-run one with: qnext-tests -tc="operations*" -sc="<name>"
+  std::string name;
   Act act;
   std::function<void(Device&, Bench&)> run;
 };
@@ -439,5 +439,44 @@ TEST_CASE("contracts refuse what does not fit") {
   a.w = b.weights(DType::BF16, 8, 64);
   CHECK_NOTHROW(d->norm_matmul(a));
   a.w.dtype = DType::INT4, a.w.group = 48;
+  CHECK_THROWS_AS(d->norm_matmul(a), Bug);
+  a.w = b.weights(DType::INT4, 8, 128, 64).columns(0, 64);
+  CHECK_THROWS_AS(d->norm_matmul(a), Bug);  // panels cannot be cut along K
+}
+
+TEST_CASE("contracts refuse outputs that share memory with what is read") {
+  const auto d = make_ref_device();
+  Bench b(*d, 1);
+  ConcatMatmulArgs c;
+  c.a = b.in(b.normals(128, 1), 2, 64), c.b = b.in(b.normals(128, 1), 2, 64);
+  c.norm_a = c.norm_b = b.in(b.normals(64, 1), 64), c.w = b.weights(DType::BF16, 64, 128), c.y = b.out("y", 2, 64);
+  CHECK_NOTHROW(d->concat_matmul(c));
+  const Tensor y = c.y;
+  for (const Tensor& shared : {c.a, c.b}) {
+    c.y = shared;
+    CHECK_THROWS_AS(d->concat_matmul(c), Bug);
+  }
+  c.y = y, c.a = y.slice(0, 2);
+  CHECK_THROWS_AS(d->concat_matmul(c), Bug);
+
+  // Columns of one buffer: h reads the first 64 of 160, y writes elsewhere in the same rows
+  NormMatmulArgs a;
+  const Tensor wide = b.out("wide", 3, 160);
+  a.h = wide.columns(0, 64), a.w = b.weights(DType::BF16, 32, 64);
+  for (int64_t at : {64, 96, 128}) {
+    a.y = wide.columns(at, 32);
+    CHECK_NOTHROW(d->norm_matmul(a));
+  }
+  for (int64_t at : {0, 32, 63, 129}) {  // the last runs into the next row
+    a.y = wide.columns(at, 32);
+    CHECK_THROWS_AS(d->norm_matmul(a), Bug);
+  }
+  a.h = wide.columns(96, 64), a.y = wide.columns(0, 32);
+  CHECK_NOTHROW(d->norm_matmul(a));
+  a.y = wide.columns(65, 32);
+  CHECK_THROWS_AS(d->norm_matmul(a), Bug);
+  a.y = wide.columns(64, 32), a.normed = b.out("normed", 3, 64);
+  CHECK_NOTHROW(d->norm_matmul(a));
+  a.y = view(a.normed.data, DType::F32, 3, 32);
   CHECK_THROWS_AS(d->norm_matmul(a), Bug);
 }

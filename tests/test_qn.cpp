@@ -378,6 +378,16 @@ TEST_CASE("qn: verify names the damaged tensor and expert, the first in the file
   check_error(damaged({16384 + 4095}), {"tensor many, expert 1, is"});  // padding of a record counts
   for (int i = 0; i < 20; i++) check_error(damaged({16384, 12288, 8200}), {"tensor second is"});
   CHECK(damaged({5000}) == "");  // between tensors nothing is stored
+
+  const std::string said = damaged({8200});
+  damaged({16384, 8200});
+  const QnFile f = QnFile::open(path);
+  const auto one = [&](const char* name, size_t record) { return error_of([&] { f.check(*f.find(name), record); }); };
+  CHECK(one("first", 0) == "");
+  CHECK(one("second", 0) == said);  // the words of verify()
+  CHECK(one("many", 0) == "");
+  check_error(one("many", 1), {"tensor many, expert 1, is damaged"});
+  CHECK_THROWS_AS(f.check(*f.find("first"), 1), Bug);
 }
 
 TEST_CASE("qn: hostile numbers with good checksums, one by one") {

@@ -590,6 +590,12 @@ TEST_CASE("requantize: from INT8 with a note; INT4 only when told; never to more
   o.allow_requantize = true;
   CHECK(requantize(dir / "in4.qn", out, o).notes.size() == 1);
   CHECK(QnFile::open(out).find("layers.0.moe.experts")->group == 32);
+  std::filesystem::rename(out, dir / "once.qn");
+  RequantizeOptions again;
+  again.rest = DType::INT8, again.threads = 1;
+  requantize(dir / "once.qn", out, again);  // what was done before stays on record
+  CHECK(QnFile::open(out).text("general.quantizer") ==
+        "qnext-quantize: experts int4 g32, scale search, from in4.qn; then qnext-quantize: rest int8, scale search, from once.qn");
   std::filesystem::remove(out);
   o.group = 128;
   check("in4.qn", "does not divide");

@@ -29,12 +29,12 @@ Set support(const SamplerParams& p, const std::vector<float>& logits, std::vecto
     std::vector<int32_t> history = {}) {
   Sampler s(p, std::move(allowed));
   Set out;
-  for (int i = 0; i < 2000; ++i) out.insert(s.next(logits, history, i));
+  for (int i = 0; i < 2000; ++i) out.insert(s.next(logits, history, SIZE_MAX, i));
   return out;
 }
 
 int32_t greedy(const SamplerParams& p, const std::vector<float>& logits, const std::vector<int32_t>& history = {}) {
-  return Sampler(p, {}).next(logits, history, 0);
+  return Sampler(p, {}).next(logits, history, SIZE_MAX, 0);
 }
 
 struct Candidate {
@@ -115,14 +115,14 @@ TEST_CASE("sampler: argmax and greedy") {
   CHECK(argmax(V{-0.0f, 0.0f}) == 0);
   CHECK(argmax(V{-5, inf, inf}) == 1);
   CHECK(greedy({}, {0, nan, 7, 7}) == 2);
-  CHECK(Sampler({}, {1, 0, 0, 1}).next(V{1, 9, 8, 2, 99}, {}, 0) == 3);  // ids beyond `allowed` have no token either
+  CHECK(Sampler({}, {1, 0, 0, 1}).next(V{1, 9, 8, 2, 99}, {}, SIZE_MAX, 0) == 3);  // ids beyond `allowed` have no token either
   for (const float t : {0.0f, 1.0f}) {
     SamplerParams p;
     p.temperature = t;
-    CHECK_THROWS_AS(Sampler(p, {}).next(V{}, {}, 0), Error);
-    CHECK_THROWS_AS(Sampler(p, {}).next(V{nan, -inf}, {}, 0), Error);
-    CHECK_THROWS_AS(Sampler(p, {0, 1}).next(V{1, nan, 1}, {}, 0), Error);
-    CHECK(Sampler(p, {0, 0, 1}).next(V{5, 5, -1e30f, 5}, {}, 0) == 2);
+    CHECK_THROWS_AS(Sampler(p, {}).next(V{}, {}, SIZE_MAX, 0), Error);
+    CHECK_THROWS_AS(Sampler(p, {}).next(V{nan, -inf}, {}, SIZE_MAX, 0), Error);
+    CHECK_THROWS_AS(Sampler(p, {0, 1}).next(V{1, nan, 1}, {}, SIZE_MAX, 0), Error);
+    CHECK(Sampler(p, {0, 0, 1}).next(V{5, 5, -1e30f, 5}, {}, SIZE_MAX, 0) == 2);
   }
 }
 
@@ -145,8 +145,15 @@ TEST_CASE("sampler: penalties") {
   CHECK(greedy(p, {2, -1, 0.26f}, seen) == 2);
   CHECK(greedy(p, {-9, -1, -1.01f}, seen) == 1);
   Sampler s(p, {});  // nothing is left over from the call before
-  for (int i = 0; i < 3; ++i) CHECK(s.next(std::vector<float>{2, -1, 0.24f}, seen, 0) == 0);
-  CHECK(s.next(std::vector<float>{2, -1, 1.9f}, {}, 0) == 0);
+  for (int i = 0; i < 3; ++i) CHECK(s.next(std::vector<float>{2, -1, 0.24f}, seen, SIZE_MAX, 0) == 0);
+  CHECK(s.next(std::vector<float>{2, -1, 1.9f}, {}, SIZE_MAX, 0) == 0);
+  // Of a prompt of three and an answer of one token, presence and frequency see the answer only.
+  SamplerParams chat;
+  chat.presence_penalty = 2, chat.frequency_penalty = 1;
+  const std::vector<int32_t> turns = {0, 0, 0, 1};
+  CHECK(Sampler(chat, {}).next(std::vector<float>{2, 4.5f, 1}, turns, 1, 0) == 0);
+  CHECK(Sampler(chat, {}).next(std::vector<float>{2, 5.5f, 1}, turns, 1, 0) == 1);
+  CHECK(Sampler(chat, {}).next(std::vector<float>{2, 1, 1.9f}, turns, 0, 0) == 0);
   p.frequency_penalty = -1;  // a reward is possible
   CHECK(greedy(p, {2, 1, 2.4f}, {1, 1, 1}) == 1);
 }
@@ -215,7 +222,7 @@ TEST_CASE("sampler: frequencies") {
     std::vector<int> counts(logits.size());
     Sampler s(p, allowed);
     const int n = 100000;
-    for (int i = 0; i < n; ++i) ++counts[s.next(logits, {}, i)];
+    for (int i = 0; i < n; ++i) ++counts[s.next(logits, {}, SIZE_MAX, i)];
     double chi2 = 0;
     int drawn = 0;
     for (const Candidate& c : expected) {
@@ -239,14 +246,14 @@ TEST_CASE("sampler: a function of seed and position") {
   Sampler other(p, {});
   int differ = 0, repeats = 0;
   for (int i = 0; i < 200; ++i) {
-    const int32_t id = a.next(logits, {}, i);
-    CHECK(b.next(logits, std::vector<int32_t>{1, 2}, i) == id);
-    CHECK(a.next(logits, {}, i) == id);
-    differ += other.next(logits, {}, i) != id;
-    repeats += a.next(logits, {}, i + 1) == id;
+    const int32_t id = a.next(logits, {}, SIZE_MAX, i);
+    CHECK(b.next(logits, std::vector<int32_t>{1, 2}, SIZE_MAX, i) == id);
+    CHECK(a.next(logits, {}, SIZE_MAX, i) == id);
+    differ += other.next(logits, {}, SIZE_MAX, i) != id;
+    repeats += a.next(logits, {}, SIZE_MAX, i + 1) == id;
   }
-  for (int i = 200; i-- > 0;) b.next(logits, {}, i);
-  CHECK(b.next(logits, {}, 0) == a.next(logits, {}, 0));
+  for (int i = 200; i-- > 0;) b.next(logits, {}, SIZE_MAX, i);
+  CHECK(b.next(logits, {}, SIZE_MAX, 0) == a.next(logits, {}, SIZE_MAX, 0));
   CHECK(differ > 150);
   CHECK(repeats < 50);
 }
@@ -294,13 +301,13 @@ TEST_CASE("sampler: equals the reference") {
       size_t i = 0;
       while (i + 1 < c.size() && sum + c[i].p <= u) sum += c[i++].p;
       const double room = std::min(u - sum, sum + c[i].p - u);
-      const int32_t id = s.next(logits, history, position);
+      const int32_t id = s.next(logits, history, SIZE_MAX, position);
       if (id != c[i].id && room < 1e-12) ++close_calls;
       else CHECK_MESSAGE(id == c[i].id, "round " << round << " position " << position);
     }
     SamplerParams g = p;
     g.temperature = 0;
-    CHECK(Sampler(g, allowed).next(logits, history, 0) == c[0].id);
+    CHECK(Sampler(g, allowed).next(logits, history, SIZE_MAX, 0) == c[0].id);
   }
   CHECK(close_calls <= 1);
 }
@@ -350,7 +357,7 @@ TEST_CASE("sampler: a large vocabulary is no burden") {
     return std::chrono::duration<double, std::milli>(std::chrono::steady_clock::now() - start).count();
   };
   const double sampled = milliseconds([&] {
-    for (int i = 0; i < 10; ++i) s.next(logits, history, i);
+    for (int i = 0; i < 10; ++i) s.next(logits, history, SIZE_MAX, i);
   }) / 10;
   const double sorted = milliseconds([&] { std::sort(logits.begin(), logits.end()); });
   MESSAGE("top-k 20 of 151936: " << sampled << " ms a token; sorting them: " << sorted << " ms");

@@ -1,8 +1,10 @@
 // Thread pool: every thread runs once per job, barriers order memory, tasks are handed out once, failures come back.
+#include <algorithm>
 #include <atomic>
 #include <chrono>
 #include <ctime>
 #include <doctest/doctest.h>
+#include <future>
 #include <stdexcept>
 #include <thread>
 #include <vector>
@@ -117,6 +119,36 @@ TEST_CASE("threads: an exception of any thread is rethrown and the pool lives on
   }
 }
 
+TEST_CASE("threads: an exception while others wait at a barrier ends the job, whoever throws and when") {
+  for (int n : {2, 4, 7})
+    for (int round = 0; round < 60; round++) {
+      std::packaged_task<void()> job([n, round] {
+        Threads pool(n);
+        for (int i = 0; i < 3; i++) {  // the pool lives on, barriers and all
+          std::atomic<int> after{0};
+          auto body = [&](int t) {
+            for (int b = 0; b < 3; b++) {
+              if (t == round % n && b == round % 3) throw std::runtime_error("thrown");
+              pool.barrier(t);
+              if (b == round % 3) after++;
+            }
+          };
+          CHECK_THROWS_WITH_AS(pool.run(body), "thrown", std::runtime_error);
+          CHECK(after == 0);  // nobody passes the barrier that one has not reached
+          pool.run([&](int t) {
+            after++;
+            pool.barrier(t);
+            if (after != n) throw std::runtime_error("a barrier let a thread run ahead");
+          });
+        }
+      });
+      std::future<void> done = job.get_future();
+      std::thread(std::move(job)).detach();
+      REQUIRE(done.wait_for(std::chrono::seconds(20)) == std::future_status::ready);
+      CHECK_NOTHROW(done.get());
+    }
+}
+
 TEST_CASE("threads: run inside run is refused") {
   Threads pool(1);
   CHECK_THROWS_AS(pool.run([&](int) { pool.run([](int) {}); }), qn::Bug);
@@ -127,8 +159,11 @@ TEST_CASE("threads: an idle pool uses no processor time") {
   Threads pool(4);
   pool.run([](int) {});
   std::this_thread::sleep_for(std::chrono::milliseconds(5));
-  const std::clock_t before = std::clock();  // of the whole process
-  std::this_thread::sleep_for(std::chrono::milliseconds(100));
-  const double used = static_cast<double>(std::clock() - before) / CLOCKS_PER_SEC;
-  CHECK(used < 0.03);
+  double least = 1;  // of several windows: the clock is that of the whole process, whatever else runs in it
+  for (int window = 0; window < 5 && least >= 0.01; window++) {
+    const std::clock_t before = std::clock();
+    std::this_thread::sleep_for(std::chrono::milliseconds(50));
+    least = std::min(least, static_cast<double>(std::clock() - before) / CLOCKS_PER_SEC);
+  }
+  CHECK(least < 0.01);
 }

@@ -1,6 +1,7 @@
 #include "ggml-lite/base/file.h"
 
 #include <fcntl.h>
+#include <signal.h>
 #include <sys/mman.h>
 #include <sys/resource.h>
 #include <sys/stat.h>
@@ -122,6 +123,18 @@ static int remember(const std::string& temp) {
   return -1;
 }
 
+// A new file and its place in the list; no signal to this thread comes between, or the file would stay. Returns errno, 0 when it is there.
+static int create_remembered(const std::string& temp, int& fd, int& slot) {
+  sigset_t all, before;
+  ::sigfillset(&all);
+  ::pthread_sigmask(SIG_BLOCK, &all, &before);
+  fd = ::open(temp.c_str(), O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC, 0666);
+  const int error = fd < 0 ? errno : 0;
+  if (fd >= 0) slot = remember(temp);
+  ::pthread_sigmask(SIG_SETMASK, &before, nullptr);
+  return error;
+}
+
 void remove_unfinished_files() {
   for (auto& slot : unfinished) {
     char* p = slot.exchange(nullptr);
@@ -147,19 +160,19 @@ OutFile::OutFile(const std::string& path) : path_(path) {
   const std::string first = path_ + format(".tmp-%d", static_cast<int>(::getpid()));
   temp_ = first;
   for (int i = 1;; i++) {  // a leftover of a killed process that had our number is not ours to remove
-    slot_ = remember(temp_);
-    if (slot_ < 0) fail("%s: cannot write: too many files under construction", path.c_str());
-    fd_ = ::open(temp_.c_str(), O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC, 0666);
-    if (fd_ >= 0) return;
-    const int error = errno;
-    std::free(unfinished[slot_].exchange(nullptr));
-    slot_ = -1;
+    const int error = create_remembered(temp_, fd_, slot_);
+    if (!error && slot_ >= 0) return;
+    if (!error) {
+      ::close(fd_);
+      ::unlink(temp_.c_str());
+      fail("%s: cannot write: too many files under construction", path.c_str());
+    }
     if (error != EEXIST || i == 100) {
       const std::string folder = folder_of(path_);
       if (!is_directory(folder)) fail("%s: cannot write: no folder %s", path.c_str(), folder.c_str());
       fail("%s: cannot create: %s", temp_.c_str(), std::strerror(error));
     }
-    temp_ = format("%s-%d", first.c_str(), i);
+    temp_ = first + "-" + std::to_string(i);
   }
 }
 
@@ -223,6 +236,14 @@ std::string read_text(const std::string& path, uint64_t max_bytes) {
   } file{::open(path.c_str(), O_RDONLY | O_CLOEXEC)};
   if (file.fd < 0) fail("%s: cannot open: %s", path.c_str(), reason().c_str());
   return read_all(file.fd, path, max_bytes);
+}
+
+std::string read_small_file(const std::string& path, uint64_t max_bytes) {
+  const File f = File::open_read(path);
+  if (f.size() > max_bytes) fail("%s: too large: expected at most %llu bytes", path.c_str(), static_cast<ull>(max_bytes));
+  std::string s(f.size(), '\0');
+  f.read(0, {reinterpret_cast<uint8_t*>(s.data()), s.size()});
+  return s;
 }
 
 std::string read_stdin(uint64_t max_bytes) { return read_all(STDIN_FILENO, "standard input", max_bytes); }

@@ -49,7 +49,7 @@ class File {
 
 // A file under construction: written to "<path>.tmp-<pid>" beside its target, renamed over it by commit() once its bytes are
 // on the disk. Until then the target, if any, is untouched; a writer destroyed without commit() removes its temporary file (also
-// on SIGINT/SIGTERM, see remove_unfinished_files). write() may be called from several threads at once.
+// on a signal, see remove_unfinished_files). write() may be called from several threads at once.
 class OutFile {
  public:
   explicit OutFile(const std::string& path);  // throws Error: no such folder, no permission, target is a directory
@@ -63,11 +63,13 @@ class OutFile {
   std::string path_, temp_;
 };
 
-// Async-signal-safe: unlink the temporary files of all living OutFiles. Mains call it from their SIGINT/SIGTERM handler.
+// Async-signal-safe: unlink the temporary files of all living OutFiles. Mains call it from their handler of SIGINT, SIGTERM and SIGHUP.
 void remove_unfinished_files();
 
-// Whole small text file (config.json, prompts); throws Error above `max_bytes`.
+// Whole small text, whatever kind of file it comes from (a prompt from a pipe); throws Error above `max_bytes`.
 std::string read_text(const std::string& path, uint64_t max_bytes);
+// Whole small file of a folder that somebody else made (config.json). Refuses what File refuses: a pipe there would never end.
+std::string read_small_file(const std::string& path, uint64_t max_bytes);
 // Whole of standard input, at most max_bytes.
 std::string read_stdin(uint64_t max_bytes);
 bool file_exists(const std::string& path);

@@ -72,6 +72,9 @@ double cgroup_processors() {
   return least;
 }
 
+// Takes threads out of a barrier that one of them will never reach
+struct Abandoned {};
+
 int usable_processors() {
   const double by_mask = std::max<double>(1, allowed_processors().size());
   return static_cast<int>(std::max(1.0, std::min(by_mask, std::ceil(cgroup_processors()))));
@@ -104,6 +107,7 @@ struct Threads::Impl {
   alignas(64) std::atomic<int> busy{0};
   alignas(64) std::atomic<int> arrived{0};
   alignas(64) std::atomic<int> phase{0};
+  std::atomic<bool> poisoned{false};  // a thread of this job has failed: no barrier will be complete
   alignas(64) std::atomic<int64_t> task{0};
   alignas(64) std::mutex error_mutex;
   std::exception_ptr error;
@@ -125,9 +129,15 @@ struct Threads::Impl {
   void work(int thread) {
     try {
       call(arg, thread);
+    } catch (const Abandoned&) {  // the reason is in `error`
     } catch (...) {
-      std::lock_guard lock(error_mutex);
-      if (!error) error = std::current_exception();
+      {
+        std::lock_guard lock(error_mutex);
+        if (!error) error = std::current_exception();
+      }
+      poisoned.store(true);  // before the phase: who sees that move on sees this
+      phase.fetch_add(1);
+      phase.notify_all();
     }
   }
 
@@ -156,6 +166,7 @@ struct Threads::Impl {
 Threads::Threads(int n) : impl_(std::make_unique<Impl>()) {
   impl_->n = n > 0 ? n : default_threads();
   impl_->spin = impl_->n <= usable_processors();
+  impl_->workers.reserve(static_cast<size_t>(impl_->n - 1));  // a failure later would destroy running threads
   try {
     for (int i = 1; i < impl_->n; i++) impl_->workers.emplace_back([impl = impl_.get(), i] { impl->worker(i); });
   } catch (const std::system_error&) {
@@ -175,6 +186,8 @@ void Threads::run_raw(void (*call)(void*, int), void* arg) {
   s.running = true;
   s.call = call, s.arg = arg;
   s.task.store(0, std::memory_order_relaxed);
+  s.arrived.store(0, std::memory_order_relaxed);  // what an abandoned barrier left
+  s.poisoned.store(false, std::memory_order_relaxed);
   if (s.n > 1) {
     s.busy.store(s.n - 1, std::memory_order_relaxed);
     s.epoch.fetch_add(1);
@@ -190,12 +203,14 @@ void Threads::barrier(int) {
   Impl& s = *impl_;
   if (s.n == 1) return;
   const int phase = s.phase.load(std::memory_order_acquire);
+  if (s.poisoned.load()) throw Abandoned();
   if (s.arrived.fetch_add(1, std::memory_order_acq_rel) == s.n - 1) {
     s.arrived.store(0, std::memory_order_relaxed);
     s.phase.fetch_add(1);
     s.phase.notify_all();
   } else {
     while (s.phase.load(std::memory_order_acquire) == phase) s.await_change(s.phase, phase);
+    if (s.poisoned.load()) throw Abandoned();
   }
 }
 

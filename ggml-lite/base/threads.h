@@ -26,7 +26,7 @@ class Threads {
   }
 
   // Inside run(): every thread waits here until all have arrived; what was written before is visible after.
-  // No thread may leave run() by an exception while another waits here.
+  // When a thread has left run() by an exception, the others leave it here by one of the pool's own, which run() swallows.
   void barrier(int thread);
 
   // Inside run(): shared counter for work stealing. Set to 0 by run() before it starts, and by reset_tasks().

@@ -6,7 +6,7 @@
 //   panel:  [ fp16 scales: (Kp/group) x 16, scale of group g and row r at index 16*g + r ][ tiles in k order, 512 B each ]
 //
 // INT4 tile: 16 rows x 64 k. Codes are excess-8: weight = (code - 8) * scale, code 0..15.
-// INT8 tile: 16 rows x 32 k. Codes are excess-128: weight = (code - 128) * scale, code 1..255 (128 is zero).
+// INT8 tile: 16 rows x 32 k. Codes are excess-128: weight = (code - 128) * scale; writers use 1..255, readers take 0 as -128.
 //
 //   a tile is 8 lines of 64 B; line g (0..7) holds rows g and g+8:
 //

@@ -1,6 +1,7 @@
 // Contracts of the operations, written once for all devices: every message prints the shapes that do not fit.
 #include "ggml-lite/core/device.h"
 
+#include <initializer_list>
 #include <utility>
 
 #include "ggml-lite/base/check.h"
@@ -60,6 +61,36 @@ void check_experts(const char* op, const Experts& e, int64_t d, int64_t f) {
   check_weight(op, "expert down", e.down(0), d, f);
 }
 
+// Outputs share bytes with no other output and with no input. A column slice leaves gaps in its rows, in which other slices of
+// the same buffer may lie.
+struct Named {
+  const char* name;
+  const Tensor& t;
+};
+bool overlap(const Tensor& a, const Tensor& b) {
+  if (!a || !b) return false;
+  auto values = [](const Tensor& t) {  // from the first to behind the last
+    int64_t row = 1;
+    for (int i = 1; i < t.ndim; i++) row *= t.shape[i];
+    return std::pair((t.rows() - 1) * t.row_stride + row, row);
+  };
+  const auto [all_a, row_a] = values(a);
+  const auto [all_b, row_b] = values(b);
+  const int64_t to_a = item_bytes(a.dtype), to_b = item_bytes(b.dtype), apart = a.row_stride * to_a;
+  const auto at_a = reinterpret_cast<intptr_t>(a.data), at_b = reinterpret_cast<intptr_t>(b.data);
+  if (at_a + all_a * to_a <= at_b || at_b + all_b * to_b <= at_a || a.rows() < 1 || b.rows() < 1) return false;
+  if (apart <= 0 || apart != b.row_stride * to_b) return true;
+  const int64_t column = ((at_b - at_a) % apart + apart) % apart;  // where rows of b begin within those of a
+  return column < row_a * to_a || column + row_b * to_b > apart;
+}
+void check_disjoint(const char* op, std::initializer_list<Named> outs, std::initializer_list<Named> ins) {
+  for (const Named* out = outs.begin(); out != outs.end(); out++) {
+    for (const Named* other = out + 1; other != outs.end(); other++)
+      QN_CHECK(!overlap(out->t, other->t), "%s: outputs %s and %s overlap", op, out->name, other->name);
+    for (const Named& in : ins) QN_CHECK(!overlap(out->t, in.t), "%s: output %s overlaps input %s", op, out->name, in.name);
+  }
+}
+
 }  // namespace
 
 void Device::embed(const EmbedArgs& a) {
@@ -67,6 +98,7 @@ void Device::embed(const EmbedArgs& a) {
   QN_CHECK(a.ids && a.ids.dtype == DType::I32 && a.ids.rows() == t, "embed: ids: expected i32 (%lld), got %s", static_cast<long long>(t), shape(a.ids).c_str());
   check_act("embed", "h", a.h, t, d);
   check_exact("embed", "table", a.table, -1, d);
+  check_disjoint("embed", {{"h", a.h}}, {{"ids", a.ids}});
   do_embed(a);
 }
 
@@ -76,6 +108,7 @@ void Device::norm_matmul(const NormMatmulArgs& a) {
   check_act(op, "h", a.h, t, d, true);
   if (a.norm) check_vec(op, "norm", a.norm, d);
   QN_CHECK(a.w || a.w_exact || a.normed, "%s: nothing to compute", op);
+  QN_CHECK(!a.w == !a.y && !a.w_exact == !a.y_exact, "%s: a weight without an output, or the reverse", op);
   if (a.w) {
     check_weight(op, "w", a.w, -1, d);
     check_act(op, "y", a.y, t, a.w.rows(), true);
@@ -85,6 +118,7 @@ void Device::norm_matmul(const NormMatmulArgs& a) {
     check_act(op, "y_exact", a.y_exact, t, a.w_exact.rows(), true);
   }
   if (a.normed) check_act(op, "normed", a.normed, t, d);
+  check_disjoint(op, {{"y", a.y}, {"y_exact", a.y_exact}, {"normed", a.normed}}, {{"h", a.h}, {"norm", a.norm}});
   do_norm_matmul(a);
 }
 
@@ -107,6 +141,7 @@ void Device::delta_net(const DeltaNetArgs& a) {
   QN_CHECK(slots >= 4 && (slots & (slots - 1)) == 0, "%s: %lld slots in the ring", op, static_cast<long long>(slots));
   check_act(op, "conv_ring", a.conv_ring, slots, ch);
   check_act(op, "o", a.o, t, gv * dv);
+  check_disjoint(op, {{"o", a.o}, {"state", a.state}, {"conv_ring", a.conv_ring}}, {{"qkv", a.qkv}, {"ba", a.ba}});
   do_delta_net(a);
 }
 
@@ -119,6 +154,7 @@ void Device::gated_norm_matmul(const GatedNormMatmulArgs& a) {
   check_act(op, "z", a.z, t, n, true);
   check_weight(op, "w", a.w, a.h.cols(), n);
   check_act(op, "h", a.h, t, a.w.rows());
+  check_disjoint(op, {{"h", a.h}}, {{"o", a.o}, {"z", a.z}, {"norm", a.norm}});
   do_gated_norm_matmul(a);
 }
 
@@ -138,6 +174,7 @@ void Device::attention(const AttentionArgs& a) {
                  (c->dtype == DType::F32 || c->dtype == DType::BF16),
              "%s: cache: expected (%lld, C, %lld), got %s", op, static_cast<long long>(hk), static_cast<long long>(dh), shape(*c).c_str());
   check_act(op, "o", a.o, t, h * dh);
+  check_disjoint(op, {{"o", a.o}, {"k_cache", a.k_cache}, {"v_cache", a.v_cache}}, {{"qgkv", a.qgkv}});
   do_attention(a);
 }
 
@@ -148,6 +185,7 @@ void Device::gate_matmul(const GateMatmulArgs& a) {
   check_act(op, "gate", a.gate, t, n, true);
   check_weight(op, "w", a.w, a.h.cols(), n);
   check_act(op, "h", a.h, t, a.w.rows());
+  check_disjoint(op, {{"h", a.h}}, {{"o", a.o}, {"gate", a.gate}});
   do_gate_matmul(a);
 }
 
@@ -164,6 +202,8 @@ void Device::moe_router(const MoeRouterArgs& a) {
   check_act(op, "logits", a.logits, t, e);
   check_act(op, "shared", a.shared, t, fs);
   check_vec(op, "shared_scale", a.shared_scale, t);
+  check_disjoint(op, {{"x", a.x}, {"logits", a.logits}, {"shared", a.shared}, {"shared_scale", a.shared_scale}},
+                 {{"h", a.h}, {"norm", a.norm}});
   do_moe_router(a);
 }
 
@@ -178,6 +218,7 @@ void Device::moe_gate_up(const MoeGateUpArgs& a) {
   check_act(op, "weights", a.weights, t, k);
   check_act(op, "inner", a.inner, t * k, f);
   QN_CHECK(f % 8 == 0, "%s: expert width %lld must be a multiple of 8", op, static_cast<long long>(f));
+  check_disjoint(op, {{"ids", a.ids}, {"weights", a.weights}, {"inner", a.inner}}, {{"x", a.x}, {"logits", a.logits}});
   do_moe_gate_up(a);
 }
 
@@ -192,6 +233,8 @@ void Device::moe_down(const MoeDownArgs& a) {
   check_act(op, "shared", a.shared, t, fs);
   check_vec(op, "shared_scale", a.shared_scale, t);
   check_weight(op, "shared_down", a.shared_down, d, fs);
+  check_disjoint(op, {{"h", a.h}},
+                 {{"ids", a.ids}, {"weights", a.weights}, {"inner", a.inner}, {"shared", a.shared}, {"shared_scale", a.shared_scale}});
   do_moe_down(a);
 }
 
@@ -204,6 +247,7 @@ void Device::concat_matmul(const ConcatMatmulArgs& a) {
   check_vec(op, "norm_b", a.norm_b, d);
   check_weight(op, "w", a.w, -1, 2 * d);
   check_act(op, "y", a.y, t, a.w.rows());
+  check_disjoint(op, {{"y", a.y}}, {{"a", a.a}, {"b", a.b}, {"norm_a", a.norm_a}, {"norm_b", a.norm_b}});
   do_concat_matmul(a);
 }
 

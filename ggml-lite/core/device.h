@@ -10,7 +10,8 @@
 //   - Row i of a result depends on row i (and the state left by rows < i) only, and its bits do not depend on how many rows
 //     the call has, for calls of 1 to 8 rows. ref and cpu hold this for any number of rows.
 //   - Sums over K are fp32. Results of two devices agree within the tolerances of tests/test_ops.cpp.
-//   - Operations of one device run in the order they are called. download() and sync() wait, nothing else does.
+//   - Operations of one device run in the order they are called. download() and sync() wait for them, nothing else does;
+//     upload() has read its source when it returns.
 //
 // Activations are F32 (T, n). `h` is the residual stream (T, D).
 #pragma once
@@ -179,7 +180,6 @@ class Device {
  public:
   virtual ~Device() = default;
   virtual std::string name() const = 0;         // "cpu (16 threads, avx512)"
-  virtual bool host_memory() const = 0;         // pointers of tensors can be dereferenced by the host
 
   // ---- memory and order
   Buffer alloc(size_t bytes, const char* what);  // zeroed; throws Error naming `what` and the missing bytes
@@ -190,12 +190,15 @@ class Device {
   virtual void copy(void* to, const void* from, size_t bytes) = 0;  // device to device, ordered with operations
   virtual void zero(void* to, size_t bytes) = 0;
   virtual void sync() {}
-  // Run `body` (a fixed list of operations on fixed addresses); a device that records may replay what it recorded for `key`.
-  virtual void recorded(uint64_t key, const std::function<void()>& body) {
-    (void)key;
+  // Run `body` (a fixed list of operations on fixed addresses); a device that records may replay what it recorded for the same
+  // (owner, key). The owner of the addresses calls forget() before they go.
+  virtual void recorded(const void* owner, uint64_t key, const std::function<void()>& body) {
+    (void)owner, (void)key;
     body();
   }
-  virtual void reserve(const OpLimits& limits) = 0;  // again with larger limits is allowed between operations
+  virtual void forget(const void* owner) { (void)owner; }
+  virtual uint64_t scratch_bytes(const OpLimits& limits) const = 0;  // what reserve() will take, for the memory plan
+  virtual void reserve(const OpLimits& limits) = 0;                  // again with larger limits is allowed between operations
 
   // ---- operations
   void embed(const EmbedArgs&);

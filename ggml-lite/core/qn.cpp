@@ -323,17 +323,38 @@ std::vector<int64_t> QnFile::integers(std::string_view key, size_t max_count, in
   return v;
 }
 
+bool QnFile::intact(const QnTensor& t, size_t record, const std::function<void(uint64_t)>& progress) const {
+  QN_CHECK(record < t.crc.size(), "tensor %s: record %zu of %zu", t.name.c_str(), record, t.crc.size());
+  const uint64_t bytes = t.bytes / t.crc.size(), begin = t.offset + record * bytes, step = uint64_t{4} << 20;
+  uint32_t crc = 0;
+  for (uint64_t at = 0; at < bytes; at += step) {
+    const uint64_t n = std::min(step, bytes - at);
+    map_.will_need(begin + at, 2 * step);  // page faults alone would read a disk 128 kB at a time
+    crc = crc32c(map_.bytes().subspan(begin + at, n), crc);
+    if (progress) progress(n);
+  }
+  return crc == t.crc[record];
+}
+
+void QnFile::damaged(const QnTensor& t, size_t record) const {
+  fail("%s: tensor %s%s is damaged (checksum differs): get the file again", path_.c_str(), t.name.c_str(),
+       t.experts ? format(", expert %zu,", record).c_str() : "");
+}
+
+void QnFile::check(const QnTensor& t, size_t record) const {
+  if (!intact(t, record)) damaged(t, record);
+}
+
 void QnFile::verify(int threads, const std::function<void(uint64_t done, uint64_t total)>& progress) const {
   struct Piece {
     const QnTensor* tensor;
     size_t record;
-    uint64_t bytes;
   };
   std::vector<Piece> pieces;
   uint64_t total = 0;
   for (const QnTensor& t : tensors_) {
     total += t.bytes;
-    for (size_t e = 0; e < t.crc.size(); e++) pieces.push_back({&t, e, t.bytes / t.crc.size()});
+    for (size_t e = 0; e < t.crc.size(); e++) pieces.push_back({&t, e});
   }
   // Pieces are handed out in order and all before the first bad one are finished, so the one named does not depend on luck.
   std::atomic<size_t> bad = pieces.size();
@@ -341,26 +362,16 @@ void QnFile::verify(int threads, const std::function<void(uint64_t done, uint64_
   Threads pool(threads);
   pool.run([&](int thread) {
     for (size_t i; (i = static_cast<size_t>(pool.next_task())) < bad.load();) {
-      const Piece& p = pieces[i];
-      const uint64_t begin = p.tensor->offset + p.record * p.bytes, step = uint64_t{4} << 20;
-      uint32_t crc = 0;
-      for (uint64_t at = 0; at < p.bytes; at += step) {
-        const uint64_t n = std::min(step, p.bytes - at);
-        map_.will_need(begin + at, 2 * step);  // page faults alone would read a disk 128 kB at a time
-        crc = crc32c(map_.bytes().subspan(begin + at, n), crc);
+      const bool good = intact(*pieces[i].tensor, pieces[i].record, [&](uint64_t n) {
         done += n;
         if (thread == 0 && progress) progress(done, total);
-      }
-      if (crc == p.tensor->crc[p.record]) continue;
+      });
+      if (good) continue;
       for (size_t first = bad.load(); i < first && !bad.compare_exchange_weak(first, i);) {
       }
     }
   });
-  if (bad < pieces.size()) {
-    const Piece& p = pieces[bad];
-    fail("%s: tensor %s%s is damaged (checksum differs): get the file again", path_.c_str(), p.tensor->name.c_str(),
-         p.tensor->experts ? format(", expert %zu,", p.record).c_str() : "");
-  }
+  if (bad < pieces.size()) damaged(*pieces[bad].tensor, pieces[bad].record);
   if (progress) progress(total, total);
 }
 

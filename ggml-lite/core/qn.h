@@ -1,9 +1,10 @@
 // The .qn file: reader, writer, and the only description of the format.
 //
 //   offset 0       header page, 4096 B         see below; the rest of the page is zero
-//   4096 ...       data                        tensors at multiples of 4096; sections at multiples of 2 MiB:
-//                    section 0                 tables (tokenizer) and dense tensors in layer order
-//                    section 1 + i             routed experts of layer i: E records of equal stride, whole pages each
+//   4096 ...       data                        every tensor at a multiple of 4096: readers demand this and no more
+//                    section 0, from 4096      tables (tokenizer) and dense tensors in layer order
+//                    section 1 + i             routed experts of layer i: E records of equal stride, whole pages each; written at
+//                                              a multiple of 2 MiB, so that large pages can hold it, but readers must not rely on it
 //   dir_offset     directory                   at the end, so that a writer streams; 64-byte aligned
 //
 //   header   bytes 0..7 "QNMODEL\x1a", u32 version (1), u32 header bytes (4096), u64 file bytes, u64 dir_offset, u64 dir_bytes,
@@ -74,11 +75,18 @@ class QnFile {
   std::string text(std::string_view key) const;
   std::vector<int64_t> integers(std::string_view key, size_t max_count, int64_t min, int64_t max) const;
 
+  // Checks a dense tensor (record 0) or one expert's record against its checksum; throws the Error of verify(). For loaders that
+  // copy the data to a device and so read all of it anyway; they call it from as many threads as they copy with.
+  void check(const QnTensor& t, size_t record) const;
   // Checks the data of every tensor against its checksums with `threads` threads (0: physical cores); throws Error naming the
   // first bad one in file order. progress is called by the caller's thread only.
   void verify(int threads, const std::function<void(uint64_t done, uint64_t total)>& progress = {}) const;
 
  private:
+  // progress(n) after every few MiB
+  bool intact(const QnTensor& t, size_t record, const std::function<void(uint64_t)>& progress = {}) const;
+  [[noreturn]] void damaged(const QnTensor& t, size_t record) const;
+
   std::string path_;
   Mapping map_;
   std::map<std::string, Meta, std::less<>> meta_;

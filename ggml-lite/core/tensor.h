@@ -28,17 +28,20 @@ struct Tensor {
   int32_t* i32(int64_t row = 0) const { return static_cast<int32_t*>(data) + row * row_stride; }
   uint16_t* bf16(int64_t row = 0) const { return static_cast<uint16_t*>(data) + row * row_stride; }
   const uint8_t* bytes() const { return static_cast<const uint8_t*>(data); }
-  // (rows, n) view of columns [begin, begin + n)
+  // (rows, n) view of columns [begin, begin + n). Panels cannot be cut along K: of T16 it is empty, which every contract refuses.
   Tensor columns(int64_t begin, int64_t n) const {
+    if (is_t16(dtype)) return {};
     Tensor t = *this;
     t.data = static_cast<uint8_t*>(data) + begin * item_bytes(dtype);
     t.shape[1] = n;
     return t;
   }
-  // (n, cols) view of rows [begin, begin + n)
+  // (n, cols) view of rows [begin, begin + n). T16: begin must be that of a panel, else the view is empty.
   Tensor slice(int64_t begin, int64_t n) const {
+    if (is_t16(dtype) && begin % kPanelRows) return {};
     Tensor t = *this;
-    t.data = static_cast<uint8_t*>(data) + begin * row_stride * item_bytes(dtype);
+    t.data = static_cast<uint8_t*>(data) + (is_t16(dtype) ? begin / kPanelRows * t16_panel_bytes(dtype, shape[1], group)
+                                                           : begin * row_stride * item_bytes(dtype));
     t.shape[0] = n;
     return t;
   }

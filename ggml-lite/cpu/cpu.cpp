@@ -9,45 +9,21 @@
 #include "ggml-lite/cpu/cpu_device.h"
 
 namespace qn {
-namespace {
 
-const cpu::Kernels* kernels_of(Isa isa) {
-#if defined(__x86_64__)
-  // Also false where the operating system does not save the wide registers. F16C is older than AVX2 and in every processor with it.
-  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-  const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
-                      __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512bf16");
-#else
-  const bool avx2 = false, avx512 = false;
-#endif
-  switch (isa) {
-    case Isa::Scalar: return cpu::scalar_kernels();
-    case Isa::Avx2: return avx2 ? cpu::avx2_kernels() : nullptr;
-    case Isa::Avx512: return avx512 ? cpu::avx512_kernels() : nullptr;
-    case Isa::Auto: break;
-  }
-  for (Isa best : {Isa::Avx512, Isa::Avx2})
-    if (const cpu::Kernels* k = kernels_of(best)) return k;
-  return cpu::scalar_kernels();
-}
-
-}  // namespace
-
-bool isa_available(Isa isa) { return kernels_of(isa) != nullptr; }
+bool isa_available(Isa isa) { return cpu::kernels_of(isa) != nullptr; }
 
 std::unique_ptr<Device> make_cpu_device(int threads, Isa isa) {
-  const cpu::Kernels* kernels = kernels_of(isa);
+  const cpu::Kernels* kernels = cpu::kernels_of(isa);
   if (!kernels)
     fail("cpu: this machine lacks %s; try a lower instruction set",
-         isa == Isa::Avx512 ? "AVX-512 with VNNI and BF16" : "AVX2 with FMA and F16C");
+         isa == Isa::Avx512 ? "AVX-512 with BW, VL, DQ and VNNI" : "AVX2 with FMA and F16C");
   return std::make_unique<cpu::CpuDevice>(threads, *kernels);
 }
 
-double cpu_read_bandwidth(int threads) {
-  const cpu::Kernels* kernels = kernels_of(Isa::Auto);
-  const uint64_t most = uint64_t{1} << 30, least = uint64_t{64} << 20;
-  const int64_t bytes = static_cast<int64_t>(std::clamp(available_ram() / 4, least, most)) / 4096 * 4096;
+double cpu_read_bandwidth(int threads, uint64_t most) {
+  const cpu::Kernels* kernels = cpu::kernels_of(Isa::Auto);
+  const uint64_t least = uint64_t{64} << 20;
+  const int64_t bytes = static_cast<int64_t>(std::min(std::max(available_ram() / 4, least), most)) / 4096 * 4096;
   Arena arena(bytes);
   Threads pool(threads);
   auto part = [&](int t) {
@@ -68,6 +44,28 @@ double cpu_read_bandwidth(int threads) {
 
 namespace cpu {
 
+const Kernels* kernels_of(Isa isa, bool bf16) {
+#if defined(__x86_64__)
+  // Also false where the operating system does not save the wide registers. F16C is older than AVX2 and in every processor with it.
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+  const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
+                      __builtin_cpu_supports("avx512vnni");
+  const bool avx512bf16 = avx512 && __builtin_cpu_supports("avx512bf16");
+#else
+  const bool avx2 = false, avx512 = false, avx512bf16 = false;
+#endif
+  switch (isa) {
+    case Isa::Scalar: return scalar_kernels();
+    case Isa::Avx2: return avx2 ? avx2_kernels() : nullptr;
+    case Isa::Avx512: return bf16 && avx512bf16 ? avx512bf16_kernels() : avx512 ? avx512_kernels() : nullptr;
+    case Isa::Auto: break;
+  }
+  for (Isa best : {Isa::Avx512, Isa::Avx2})
+    if (const Kernels* k = kernels_of(best, bf16)) return k;
+  return scalar_kernels();
+}
+
 void CpuDevice::upload(void* to, const void* from, size_t n) { std::memcpy(to, from, n); }
 void CpuDevice::download(void* to, const void* from, size_t n) { std::memcpy(to, from, n); }
 void CpuDevice::copy(void* to, const void* from, size_t n) { std::memmove(to, from, n); }
@@ -87,37 +85,51 @@ void CpuDevice::do_free(void* p, size_t) { arenas_.erase(p); }
 
 // ---- scratch
 
-void CpuDevice::reserve(const OpLimits& l) {
-  OpLimits& m = limits_;
-  m.tokens = std::max({m.tokens, l.tokens, 1});
-  m.width = std::max(m.width, l.width);
-  m.experts = std::max(m.experts, l.experts), m.chosen = std::max({m.chosen, l.chosen, 1});
-  m.expert_width = std::max(m.expert_width, l.expert_width), m.model_width = std::max(m.model_width, l.model_width);
-  m.heads = std::max(m.heads, l.heads), m.context = std::max(m.context, l.context);
-  m.value_heads = std::max(m.value_heads, l.value_heads), m.key_heads = std::max(m.key_heads, l.key_heads);
-  m.key_dim = std::max(m.key_dim, l.key_dim), m.value_dim = std::max(m.value_dim, l.value_dim);
+static OpLimits larger(const OpLimits& a, const OpLimits& b) {
+  OpLimits m;
+  m.tokens = std::max({a.tokens, b.tokens, 1}), m.width = std::max(a.width, b.width);
+  m.experts = std::max(a.experts, b.experts), m.chosen = std::max({a.chosen, b.chosen, 1});
+  m.expert_width = std::max(a.expert_width, b.expert_width), m.model_width = std::max(a.model_width, b.model_width);
+  m.heads = std::max(a.heads, b.heads), m.context = std::max(a.context, b.context);
+  m.value_heads = std::max(a.value_heads, b.value_heads), m.key_heads = std::max(a.key_heads, b.key_heads);
+  m.key_dim = std::max(a.key_dim, b.key_dim), m.value_dim = std::max(a.value_dim, b.value_dim);
+  return m;
+}
 
+CpuDevice::Scratch CpuDevice::lay_out(const OpLimits& m) const {
+  Scratch s;
   const int64_t width = std::max({m.width, m.model_width, m.expert_width});
   // Matrix products: fp32 and prepared rows of every token. The last step of the experts: a row per choice and the shared one.
-  rows_size_ = m.tokens * std::max(4 * round_up(width, 64) + largest_prepared_row(width),
-                                   m.chosen * largest_prepared_row(m.expert_width) + largest_prepared_row(width)) + 256;
-  pointers_size_ = m.tokens * (2 + 2 * int64_t{m.chosen});
-  local_floats_ = round_up(3 * width + m.heads * (2 * kPartExtra + kKeys) + 16 * (m.key_dim + m.value_dim) + 64, 1024);
+  s.rows_size = m.tokens * std::max(4 * round_up(width, 64) + largest_prepared_row(width),
+                                    m.chosen * largest_prepared_row(m.expert_width) + largest_prepared_row(width)) + 256;
+  s.pointers_size = m.tokens * (2 + 2 * int64_t{m.chosen});
+  s.local_floats = round_up(3 * width + m.heads * (2 * kPartExtra + kKeys) + 16 * (m.key_dim + m.value_dim) + 64, 1024);
   const int64_t blocks = m.heads ? m.context / kKeys + 1 : 0;
-  parts_floats_ = blocks ? std::max<int64_t>(blocks * (width + m.heads * kPartExtra), int64_t{1} << 21) : 0;
-  lists_size_ = 2 * (int64_t{m.experts} + 1) + m.tokens * int64_t{m.chosen};
+  s.parts_floats = blocks ? std::max<int64_t>(blocks * (width + m.heads * kPartExtra), int64_t{1} << 21) : 0;
+  s.lists_size = 2 * (int64_t{m.experts} + 1) + m.tokens * int64_t{m.chosen};
 
-  int64_t at = 0;
-  auto carve = [&at](int64_t bytes) { return std::exchange(at, at + round_up(bytes, 4096)); };
-  const int64_t rows = carve(rows_size_), pointers = carve(pointers_size_ * 8), locals = carve(threads_.size() * local_floats_ * 4),
-                parts = carve(parts_floats_ * 4), lists = carve(lists_size_ * 4);
-  if (scratch_.size() < static_cast<size_t>(at)) scratch_ = Arena(at);
+  s.bytes = 0;
+  auto carve = [&s](int64_t bytes) { return std::exchange(s.bytes, s.bytes + round_up(bytes, 4096)); };
+  s.rows_at = carve(s.rows_size), s.pointers_at = carve(s.pointers_size * 8);
+  s.locals_at = carve(threads_.size() * s.local_floats * 4);
+  s.parts_at = carve(s.parts_floats * 4), s.lists_at = carve(s.lists_size * 4);
+  return s;
+}
+
+uint64_t CpuDevice::scratch_bytes(const OpLimits& limits) const {
+  return static_cast<uint64_t>(lay_out(larger(limits_, limits)).bytes);
+}
+
+void CpuDevice::reserve(const OpLimits& limits) {
+  limits_ = larger(limits_, limits);
+  const Scratch s = lay_out(limits_);
+  if (scratch_.size() < static_cast<size_t>(s.bytes)) scratch_ = Arena(s.bytes);
   uint8_t* p = scratch_.data();
-  row_bytes_ = p + rows;
-  pointers_ = reinterpret_cast<const uint8_t**>(p + pointers);
-  locals_ = reinterpret_cast<float*>(p + locals);
-  parts_ = reinterpret_cast<float*>(p + parts);
-  lists_ = reinterpret_cast<int32_t*>(p + lists);
+  rows_size_ = s.rows_size, row_bytes_ = p + s.rows_at;
+  pointers_size_ = s.pointers_size, pointers_ = reinterpret_cast<const uint8_t**>(p + s.pointers_at);
+  local_floats_ = s.local_floats, locals_ = reinterpret_cast<float*>(p + s.locals_at);
+  parts_floats_ = s.parts_floats, parts_ = reinterpret_cast<float*>(p + s.parts_at);
+  lists_size_ = s.lists_size, lists_ = reinterpret_cast<int32_t*>(p + s.lists_at);
 }
 
 const uint8_t** CpuDevice::take_pointers(int64_t n) {

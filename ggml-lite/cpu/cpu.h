@@ -1,4 +1,4 @@
-// The fast CPU device: own thread pool, AVX-512 (VNNI, BF16), AVX2 or scalar kernels chosen at run time.
+// The fast CPU device: own thread pool, AVX-512 (VNNI, BF16 if there), AVX2 or scalar kernels chosen at run time.
 #pragma once
 #include <memory>
 #include <string>
@@ -7,13 +7,14 @@
 
 namespace qn {
 
-enum class Isa { Auto, Scalar, Avx2, Avx512 };  // Avx512 needs F, BW, VL, DQ, VNNI, BF16; each level includes those below
+enum class Isa { Auto, Scalar, Avx2, Avx512 };  // Avx512 needs F, BW, VL, DQ, VNNI; each level includes those below
 
 // threads <= 0: default_threads(). `isa` above what the machine has throws Error.
 std::unique_ptr<Device> make_cpu_device(int threads, Isa isa = Isa::Auto);
 bool isa_available(Isa isa);
 
 // Bytes per second that `threads` threads read from memory (sum over a buffer larger than every cache, best of a few runs).
-double cpu_read_bandwidth(int threads);
+// The buffer takes `most` bytes, less on machines with little memory.
+double cpu_read_bandwidth(int threads, uint64_t most = uint64_t{1} << 30);
 
 }  // namespace qn

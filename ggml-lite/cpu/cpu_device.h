@@ -11,6 +11,7 @@
 #include "ggml-lite/base/file.h"
 #include "ggml-lite/base/threads.h"
 #include "ggml-lite/core/device.h"
+#include "ggml-lite/cpu/cpu.h"
 #include "ggml-lite/cpu/kernels.h"
 
 namespace qn::cpu {
@@ -35,17 +36,21 @@ struct Rows {
   uint8_t* operator[](int64_t i) const { return data + i * stride; }
 };
 
+// Null where the machine lacks the level. Avx512 is two tables, with and without the instructions for BF16; `bf16` = false asks
+// for the plainer one where either would do.
+const Kernels* kernels_of(Isa isa, bool bf16 = true);
+
 class CpuDevice final : public Device {
  public:
   CpuDevice(int threads, const Kernels& kernels) : threads_(threads), kernels_(kernels) {}
 
   std::string name() const override { return format("cpu (%d threads, %s)", threads_.size(), kernels_.name); }
-  bool host_memory() const override { return true; }
   const void* place(const void* host, size_t) override { return host; }
   void upload(void* to, const void* from, size_t n) override;
   void download(void* to, const void* from, size_t n) override;
   void copy(void* to, const void* from, size_t n) override;
   void zero(void* to, size_t n) override;
+  uint64_t scratch_bytes(const OpLimits& limits) const override;
   void reserve(const OpLimits& limits) override;
 
  private:
@@ -90,6 +95,13 @@ class CpuDevice final : public Device {
   void attend_blocks(const AttentionArgs& a, AttentionCall& c, int thread);
   struct DeltaCall;
   void delta_columns(const DeltaNetArgs& a, const DeltaCall& c, int64_t task, float* local) const;
+
+  // Sizes of the pieces of the scratch for these limits, and where they begin in it
+  struct Scratch {
+    int64_t rows_size, pointers_size, local_floats, parts_floats, lists_size;
+    int64_t rows_at, pointers_at, locals_at, parts_at, lists_at, bytes;
+  };
+  Scratch lay_out(const OpLimits& limits) const;
 
   Threads threads_;
   const Kernels& kernels_;

@@ -113,7 +113,8 @@ namespace {
 // saturation, so its operands must be small:
 //   INT4: codes 0..15 unsigned, activations signed; the 8 products that meet in 16 bits over a group of 128 stay below
 //         8 * 2 * 15 * 127 = 30480. The excess of 8 is undone by the prepared sums.
-//   INT8: |activation| unsigned, code - 128 with the activation's sign signed: at most 2 * 127 * 127 = 32258, widened at once.
+//   INT8: |code - 128| unsigned, the activation with the sign of code - 128 signed: at most 2 * 128 * 127 = 32512, widened at
+//         once. Not the other way round: -128 has no negative among signed bytes, while 128 is an unsigned one.
 // Either way a line ends as 8 sums of 32 bits, per 128 bits [row g, row g, row g+8, row g+8].
 
 // acc += the products of the unit at w with the activations of each token
@@ -131,10 +132,11 @@ template <int Bits, int T>
     }
   } else {
     const __m256i centred = _mm256_xor_si256(v, _mm256_set1_epi8(static_cast<char>(0x80)));
+    const __m256i size = _mm256_abs_epi8(centred);
     QN_UNROLL
     for (int t = 0; t < T; t++) {
       const __m256i xt = load_bytes(x[t] + unit * 32);
-      const __m256i m = _mm256_maddubs_epi16(_mm256_abs_epi8(xt), _mm256_sign_epi8(centred, xt));
+      const __m256i m = _mm256_maddubs_epi16(size, _mm256_sign_epi8(xt, centred));
       acc[t] = _mm256_add_epi32(acc[t], _mm256_madd_epi16(m, ones16()));
     }
   }

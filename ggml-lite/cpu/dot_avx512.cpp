@@ -1,9 +1,8 @@
-// AVX-512 (F, BW, VL, DQ, VNNI, BF16): lanes of sixteen floats, vpdpbusd on lines of T16 tiles, vdpbf16ps on BF16 weights.
+// AVX-512 (F, BW, VL, DQ, VNNI): lanes of sixteen floats, vpdpbusd on lines of T16 tiles.
 // Compiled with flags of its own: nothing but static functions and what this file alone instantiates.
 #include "ggml-lite/cpu/kernels.h"
 
-#if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VL__) && defined(__AVX512DQ__) && defined(__AVX512VNNI__) && \
-    defined(__AVX512BF16__)
+#if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VL__) && defined(__AVX512DQ__) && defined(__AVX512VNNI__)
 #if defined(__GNUC__) && !defined(__clang__)  // g++ 12 takes the deliberately undefined operands of its own header for ours
 #pragma GCC diagnostic ignored "-Wuninitialized"
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
@@ -62,7 +61,12 @@ F exponent(F v) {
   return _mm512_scalef_ps(add(fma(p, mul(r, r), r), all(1.0f)), n);
 }
 
-void to_bf16(uint16_t* p, F v) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), (__m256i)_mm512_cvtneps_pbh(v)); }
+void to_bf16(uint16_t* p, F v) {
+  const __m512i u = _mm512_castps_si512(v), high = _mm512_srli_epi32(u, 16), odd = _mm512_and_si512(high, _mm512_set1_epi32(1));
+  const __m512i rounded = _mm512_srli_epi32(_mm512_add_epi32(u, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff))), 16);
+  const __m512i h = _mm512_mask_or_epi32(rounded, _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q), high, _mm512_set1_epi32(0x40));
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(h));
+}
 void to_int8(int8_t* p, F v) {
   v = larger(all(-127.0f), _mm512_min_ps(all(127.0f), v));
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtsepi32_epi8(_mm512_cvtps_epi32(v)));
@@ -217,69 +221,6 @@ void product_panel_bytes(const Product& p, const uint8_t* panel, int, const uint
   else panel_tokens<Bits, 1, kPer32 == 0>(p, panel, x, tokens, y);
 }
 
-// ---- BF16 weights times BF16 activations or codes. vdpbf16ps adds pairs of products to fp32 lanes; codes are integers up to 127
-// and so exact in BF16, and each group of 128 is scaled once.
-
-template <bool Scaled, int R, int T>
-void rows_bf16(const Product& p, const uint16_t* w, const uint8_t* const* x, float* y) {
-  F total[T][R], acc[T][R];
-  QN_UNROLL
-  for (int t = 0; t < T; t++)
-    QN_UNROLL
-    for (int r = 0; r < R; r++) total[t][r] = acc[t][r] = zero();
-  const int64_t step = Scaled ? kActGroup : p.k;
-  for (int64_t k = 0; k < p.k; k += step) {
-    const int64_t end = k + step < p.k ? k + step : p.k;
-    for (int64_t i = k; i < end; i += 32) {
-      __m512bh a[R];
-      QN_UNROLL
-      for (int r = 0; r < R; r++) {
-        const uint16_t* at = w + r * p.row_stride + i;
-        if (R > 1) __builtin_prefetch(at + R * p.row_stride, 0, 2);  // into L2: R streams are more than the hardware follows well
-        a[r] = (__m512bh)load_line(at);
-      }
-      QN_UNROLL
-      for (int t = 0; t < T; t++) {
-        const __m512bh b = (__m512bh)load_line(x[t] + 2 * i);
-        QN_UNROLL
-        for (int r = 0; r < R; r++) acc[t][r] = _mm512_dpbf16_ps(acc[t][r], a[r], b);
-      }
-    }
-    if (!Scaled) continue;
-    QN_UNROLL
-    for (int t = 0; t < T; t++) {
-      const F scale = all(reinterpret_cast<const float*>(x[t] + p.scales_at)[k / kActGroup]);
-      QN_UNROLL
-      for (int r = 0; r < R; r++) {
-        total[t][r] = fma(acc[t][r], scale, total[t][r]);
-        acc[t][r] = zero();
-      }
-    }
-  }
-  for (int t = 0; t < T; t++)
-    for (int r = 0; r < R; r++) y[16 * t + r] = sum(Scaled ? total[t][r] : acc[t][r]);
-}
-
-template <bool Scaled, int R>
-void rows_bf16_tokens(const Product& p, const uint16_t* w, const uint8_t* const* x, int tokens, float* y) {
-  int t = 0;
-  for (; t + 4 <= tokens; t += 4) rows_bf16<Scaled, R, 4>(p, w, x + t, y + 16 * t);
-  switch (tokens - t) {
-    case 3: return rows_bf16<Scaled, R, 3>(p, w, x + t, y + 16 * t);
-    case 2: return rows_bf16<Scaled, R, 2>(p, w, x + t, y + 16 * t);
-    case 1: return rows_bf16<Scaled, R, 1>(p, w, x + t, y + 16 * t);
-  }
-}
-
-// Few tokens: row by row, one stream from memory. More: 4 rows share the loads of activations.
-template <bool Scaled>
-void product_rows_bf16(const Product& p, const uint8_t* bytes, int rows, const uint8_t* const* x, int tokens, float* y) {
-  const uint16_t* w = reinterpret_cast<const uint16_t*>(bytes);
-  int r = 0;
-  for (; tokens >= 4 && r + 4 <= rows; r += 4) rows_bf16_tokens<Scaled, 4>(p, w + r * p.row_stride, x, tokens, y + r);
-  for (; r < rows; r++) rows_bf16_tokens<Scaled, 1>(p, w + r * p.row_stride, x, tokens, y + r);
-}
-
 uint64_t read(const uint8_t* p, int64_t bytes) {
   __m512i s[4] = {};
   for (int64_t i = 0; i < bytes; i += 256)
@@ -296,8 +237,6 @@ const Kernels* avx512_kernels() {
     ProductFn* f = k.product[static_cast<int>(Form::Bytes)];
     f[static_cast<int>(DType::INT8)] = product_panel_bytes<8>;
     f[static_cast<int>(DType::INT4)] = product_panel_bytes<4>;
-    k.product[static_cast<int>(Form::BF16)][static_cast<int>(DType::BF16)] = product_rows_bf16<false>;
-    k.product[static_cast<int>(Form::Codes)][static_cast<int>(DType::BF16)] = product_rows_bf16<true>;
     k.read = read;
     return k;
   }();

@@ -1,6 +1,6 @@
-// What differs from one instruction set to the next: a table of functions, filled by dot_scalar.cpp, dot_avx2.cpp and
-// dot_avx512.cpp, which are compiled with flags of their own. Nothing in this header has code: an inline function here would
-// be emitted by each of those files, and the linker might keep the copy that needs AVX-512.
+// What differs from one instruction set to the next: a table of functions, filled by dot_scalar.cpp, dot_avx2.cpp,
+// dot_avx512.cpp and dot_avx512bf16.cpp, which are compiled with flags of their own. Nothing in this header has code: an inline
+// function here would be emitted by each of those files, and the linker might keep the copy that needs AVX-512.
 #pragma once
 #include <cstdint>
 
@@ -29,7 +29,7 @@ namespace qn::cpu {
 //   INT4, per 64 k:  p0 p0 p2 p2 p4 p4 p6 p6  (meets the low nibbles)  p1 p1 p3 p3 p5 p5 p7 p7  (the high ones)
 enum class Form : uint8_t { F32, BF16, Codes, Bytes };
 
-// One weight matrix and how its activations are prepared (make_product in cpu_device.h).
+// One weight matrix and how its activations are prepared (make_matrix in cpu.cpp).
 struct Product {
   DType dtype = DType::F32;
   Form form = Form::F32;
@@ -79,5 +79,6 @@ struct Kernels {
 const Kernels* scalar_kernels();
 const Kernels* avx2_kernels();    // null when not compiled for this architecture
 const Kernels* avx512_kernels();
+const Kernels* avx512bf16_kernels();  // as avx512_kernels(), but for Form::BF16 and Form::Codes
 
 }  // namespace qn::cpu

@@ -7,9 +7,7 @@
 
 namespace qn {
 
-constexpr int64_t kRing = 4;  // convolution inputs kept: three are read, one is written
-
-static int64_t layer_floats(const StateShape& s) { return s.value_heads * s.key_dim * s.value_dim + kRing * s.conv_channels(); }
+static int64_t layer_floats(const StateShape& s) { return s.value_heads * s.key_dim * s.value_dim + s.conv_slots * s.conv_channels(); }
 static int64_t cache_values(const StateShape& s) { return s.kv_heads * s.context * s.head_dim; }
 static int64_t layers_of(const StateShape& s, bool attention) { return std::ranges::count(s.attention, attention); }
 
@@ -32,7 +30,7 @@ Tensor HybridState::delta(int layer) const {
 }
 Tensor HybridState::conv_ring(int layer) const {
   const Tensor s = delta(layer);
-  return view(s.f32(shape_.value_heads), DType::F32, kRing, shape_.conv_channels());
+  return view(s.f32(shape_.value_heads), DType::F32, shape_.conv_slots, shape_.conv_channels());
 }
 Tensor HybridState::k_cache(int layer) const {
   uint8_t* p = static_cast<uint8_t*>(kv_.data()) + slot(layer) * 2 * cache_values(shape_) * item_bytes(shape_.kv_type);
@@ -107,11 +105,13 @@ uint64_t HybridState::hash(int position) const {
   device_.download(host.data(), recurrent_.data(), host.size());
   const uint32_t recurrent = crc32c(host);
   uint32_t kv = static_cast<uint32_t>(position);
-  for (int layer = 0; layer < static_cast<int>(shape_.attention.size()); layer++) {
+  const int layers = static_cast<int>(shape_.attention.size());
+  for (int layer = 0; layer < layers; layer++) {
     if (!shape_.attention[static_cast<size_t>(layer)]) continue;
+    const int valid = std::max(0, position - (layer >= layers - shape_.lagging));
     for (const Tensor& c : {k_cache(layer), v_cache(layer)})
       for (int64_t head = 0; head < shape_.kv_heads; head++) {
-        host.resize(static_cast<size_t>(position * shape_.head_dim * item_bytes(shape_.kv_type)));
+        host.resize(static_cast<size_t>(valid * shape_.head_dim * item_bytes(shape_.kv_type)));
         device_.download(host.data(), c.slice(head, 1).data, host.size());
         kv = crc32c(host, kv);
       }

@@ -18,6 +18,8 @@ struct StateShape {
   int kv_heads = 0;
   int64_t head_dim = 0, context = 0;
   DType kv_type = DType::BF16;
+  int conv_slots = 4;                // convolution inputs kept: three are read, the others written; a power of two
+  int lagging = 0;                   // trailing attention layers whose cache is one position behind (multi-token prediction)
   int64_t tail = 0;                  // floats carried beside the layers (last hidden row, logits): saved with a checkpoint
 
   int64_t conv_channels() const { return 2 * key_heads * key_dim + value_heads * value_dim; }
@@ -30,7 +32,7 @@ class HybridState {
   // checkpoint_bytes bounds the memory of checkpoints; at least three are kept.
   HybridState(Device& device, const StateShape& shape, uint64_t checkpoint_bytes);
 
-  Tensor conv_ring(int layer) const;  // (4, CH)
+  Tensor conv_ring(int layer) const;  // (slots, CH)
   Tensor delta(int layer) const;      // (GV, DK, DV)
   Tensor k_cache(int layer) const;    // (HK, C, DH)
   Tensor v_cache(int layer) const;
@@ -59,7 +61,7 @@ class HybridState {
   StateShape shape_;
   std::vector<int64_t> slots_;  // of each layer among the layers of its kind
   size_t keep_;
-  Buffer recurrent_;            // [per recurrent layer: S (GV, DK, DV), ring (4, CH)] then the tail
+  Buffer recurrent_;            // [per recurrent layer: S (GV, DK, DV), ring (slots, CH)] then the tail
   Buffer kv_;                   // [per attention layer: K (HK, C, DH), V (HK, C, DH)]
   std::vector<Checkpoint> checkpoints_;  // by rising position
   std::vector<Buffer> spare_;

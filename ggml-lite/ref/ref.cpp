@@ -67,12 +67,12 @@ float load(const Tensor& t, int64_t row, int64_t col) {
 class RefDevice final : public Device {
  public:
   std::string name() const override { return "ref"; }
-  bool host_memory() const override { return true; }
   const void* place(const void* host, size_t) override { return host; }
   void upload(void* to, const void* from, size_t n) override { std::memcpy(to, from, n); }
   void download(void* to, const void* from, size_t n) override { std::memcpy(to, from, n); }
   void copy(void* to, const void* from, size_t n) override { std::memmove(to, from, n); }
   void zero(void* to, size_t n) override { std::memset(to, 0, n); }
+  uint64_t scratch_bytes(const OpLimits&) const override { return 0; }
   void reserve(const OpLimits&) override {}
 
  private:

@@ -75,19 +75,22 @@ Sampler::Sampler(const SamplerParams& params, std::vector<uint8_t> allowed) : pa
   check(params_);
 }
 
-void Sampler::penalise(std::span<const float> logits, std::span<const int32_t> history) {
+void Sampler::penalise(std::span<const float> logits, std::span<const int32_t> history, size_t answer) {
   logits_.assign(logits.begin(), logits.end());
   counts_.resize(logits.size());
   if (params_.penalty_window > 0 && history.size() > size_t(params_.penalty_window))
     history = history.last(size_t(params_.penalty_window));
+  const size_t prompt = history.size() - std::min(history.size(), answer);
   const auto inside = [&](int32_t id) { return id >= 0 && size_t(id) < counts_.size(); };
-  for (int32_t id : history)
-    if (inside(id)) ++counts_[id];
+  // counts_: 1 for having been seen at all, plus 1 for each time in the answer
+  for (size_t i = 0; i < history.size(); ++i)
+    if (const int32_t id = history[i]; inside(id)) counts_[id] = std::max(counts_[id], 1) + (i >= prompt);
   for (int32_t id : history) {
     if (!inside(id) || counts_[id] == 0) continue;
     float& v = logits_[id];
     v = v > 0 ? v / params_.repetition_penalty : v * params_.repetition_penalty;
-    v -= params_.presence_penalty + params_.frequency_penalty * float(counts_[id]);
+    const int times = counts_[id] - 1;
+    if (times > 0) v -= params_.presence_penalty + params_.frequency_penalty * float(times);
     counts_[id] = 0;
   }
 }
@@ -129,10 +132,10 @@ void Sampler::sort_more() {
   fail("sampling: none of %zu tokens can be chosen: every logit is NaN, -inf or of an id without a token", n);
 }
 
-int32_t Sampler::next(std::span<const float> logits, std::span<const int32_t> history, uint64_t position) {
+int32_t Sampler::next(std::span<const float> logits, std::span<const int32_t> history, size_t answer, uint64_t position) {
   const bool penalties = params_.repetition_penalty != 1 || params_.presence_penalty != 0 || params_.frequency_penalty != 0;
   if (penalties) {
-    penalise(logits, history);
+    penalise(logits, history, answer);
     logits = logits_;
   }
   if (params_.temperature == 0) {

@@ -15,8 +15,8 @@ struct SamplerParams {
   float top_p = 1;               // keep the smallest set whose probability reaches top_p; 1: all
   float min_p = 0;               // keep p >= min_p * max p; 0: all
   float repetition_penalty = 1;  // > 1: logits of seen tokens are divided (positive) or multiplied (negative)
-  float presence_penalty = 0;    // subtracted once from seen tokens
-  float frequency_penalty = 0;   // subtracted per occurrence
+  float presence_penalty = 0;    // subtracted once from tokens of the answer so far
+  float frequency_penalty = 0;   // subtracted per occurrence in the answer so far
   int penalty_window = 0;        // how many of the last tokens count as seen; 0: all of the history given
   uint64_t seed = 0;
 };
@@ -29,12 +29,14 @@ class Sampler {
   // allowed: per id 1 when the id has a token (others, and those beyond its end, are masked here and nowhere else); empty:
   // all allowed.
   Sampler(const SamplerParams& params, std::vector<uint8_t> allowed);
-  // history: the tokens penalties look at (answer and prompt, oldest first). position: of the token to be drawn.
+  // history: prompt and answer so far, oldest first; its last `answer` tokens are the answer. The repetition penalty looks at all
+  // of it, presence and frequency at the answer only: a long chat must not be kept from ending its turns.
+  // position: of the token to be drawn.
   // Logits of NaN and -inf are never chosen; if nothing can be chosen, throws Error.
-  int32_t next(std::span<const float> logits, std::span<const int32_t> history, uint64_t position);
+  int32_t next(std::span<const float> logits, std::span<const int32_t> history, size_t answer, uint64_t position);
 
  private:
-  void penalise(std::span<const float> logits, std::span<const int32_t> history);
+  void penalise(std::span<const float> logits, std::span<const int32_t> history, size_t answer);
   void gather(std::span<const float> logits);
   void sort_more();
   SamplerParams params_;

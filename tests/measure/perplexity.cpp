@@ -385,6 +385,7 @@ void measure(Engine& engine, Engine* reference, const std::vector<Window>& all, 
   report.value("tokens_per_second", static_cast<double>(total) / seconds);
   report.verdict(std::isfinite(mine.mean()), "logits that are not numbers");
   if (!other) return;
+  report.verdict(std::isfinite(c.mean()), "KL divergences that are not numbers");
   report.line(qn::format("reference      %.6f (nll %.6f)", std::exp(theirs.mean()), theirs.mean()));
   report.line(qn::format("KL divergence  mean %.6g, median %.3g, 99 %% %.3g, max %.3g",
                          c.mean(), c.quantile(0.5), c.quantile(0.99), c.quantile(1)));
