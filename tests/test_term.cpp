@@ -5,6 +5,8 @@
 #include <unistd.h>
 
 #include <doctest/doctest.h>
+#include <fcntl.h>
+#include <stdlib.h>
 
 #include "ggml-lite/base/check.h"
 #include "ggml-lite/base/term.h"
@@ -115,6 +117,12 @@ std::string typed(const std::string& keys) {
 }  // namespace
 
 TEST_CASE("term: line editor") {
+  if (const int terminal = posix_openpt(O_RDWR | O_NOCTTY); terminal < 0 || ptsname(terminal) == nullptr) {
+    MESSAGE("SKIPPED: no pseudo-terminals here");
+    return;
+  } else {
+    close(terminal);
+  }
   const std::string up = "\033[A", down = "\033[B", right = "\033[C", left = "\033[D", home = "\033[H", end = "\033OF", del = "\033[3~";
   const std::string eof = "\x04";
   CHECK(typed("hello\r" + eof) == "hello\nEOF");

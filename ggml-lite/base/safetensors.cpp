@@ -157,7 +157,7 @@ SafeTensors SafeTensors::open_folder(const std::string& folder) {
   std::map<std::string, std::string> shard_of;
   std::set<std::string> shards;
   {
-    const std::string text = read_text(index, kMaxIndex);
+    const std::string text = read_small_file(index, kMaxIndex);
     const Json j = parse_bounded(text, index);
     const Json* map = j.find("weight_map");
     if (!map || !map->is_object() || map->members().empty()) fail("%s: weight_map is missing or empty", index.c_str());
