@@ -29,8 +29,8 @@ demo: all
 	@mkdir -p $(BUILD)/demo
 	@echo "--- qnext-convert: Hugging Face folder -> one .qn file"
 	@./qnext-convert $(BUILD)/data/stories -o $(BUILD)/demo/stories.qn --experts int8
-	@echo "--- qnext-cli -m stories.qn -p \"I want a story about a duck.\" --temp 0"
-	@./qnext-cli -m $(BUILD)/demo/stories.qn -p "I want a story about a duck." --temp 0
+	@echo "--- qnext-cli -m stories.qn -p \"Tell me a story about Lily and a drum.\" --temp 0"
+	@./qnext-cli -m $(BUILD)/demo/stories.qn -p "Tell me a story about Lily and a drum." --temp 0
 	@echo "--- to chat with it: ./qnext-cli -m $(BUILD)/demo/stories.qn"
 
 test: all
