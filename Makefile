@@ -3,10 +3,12 @@ MAKEFLAGS += --no-print-directory
 BUILD ?= build
 JOBS ?= $(shell nproc)
 CMAKE_FLAGS ?=
+QNEXT_ARCH ?=
 FUZZ_COUNT ?= 10000
-PROGRAMS = qnext-cli qnext-convert qnext-quantize qnext-perplexity
+SKIPPED = grep -c 'SKIPPED: no GPU'
+PROGRAMS = qnext-cli qnext-convert qnext-quantize qnext-perplexity qnext-bench
 
-.PHONY: all deps build demo test asan fuzz bench-ops format clean help
+.PHONY: all deps build demo test test-gpu asan fuzz bench-ops format clean help
 
 all: build
 	@for p in $(PROGRAMS); do ln -sf $(BUILD)/$$p $$p; done
@@ -15,14 +17,16 @@ help:
 	@echo "make           build the programs (links to them appear here)"
 	@echo "make demo      convert a small trained model and let it answer"
 	@echo "make test      all tests"
+	@echo "make test-gpu  only those that need a GPU; tests/gpu.sh also measures"
 	@echo "make asan      all tests under AddressSanitizer and UBSan"
 	@echo "make fuzz      mutants of every kind of file under the sanitizers (FUZZ_COUNT=$(FUZZ_COUNT) of each)"
 	@echo "make bench-ops CPU operations at the shapes of the 80B model, GB/s and share of what this machine reads"
 	@echo "make clean     remove what was built"
+	@echo "QNEXT_ARCH=90a builds GPU code for one GPU only (default: 80, 90a and PTX), CMAKE_FLAGS=-DQNEXT_CUDA=OFF none"
 
 build: deps
 	@mkdir -p $(BUILD)
-	@cmake -S . -B $(BUILD) $(CMAKE_FLAGS) >$(BUILD)/configure.log 2>&1 || { cat $(BUILD)/configure.log; exit 1; }
+	@cmake -S . -B $(BUILD) -DQNEXT_ARCH="$(QNEXT_ARCH)" $(CMAKE_FLAGS) >$(BUILD)/configure.log 2>&1 || { cat $(BUILD)/configure.log; exit 1; }
 	@cmake --build $(BUILD) -j $(JOBS)
 
 demo: all
@@ -35,6 +39,11 @@ demo: all
 
 test: all
 	@cd $(BUILD) && ctest --output-on-failure
+	@echo "$$($(SKIPPED) $(BUILD)/Testing/Temporary/LastTest.log) GPU tests SKIPPED"
+
+test-gpu: all
+	@$(BUILD)/qnext-tests --test-case='CUDA*' >$(BUILD)/test-gpu.log; code=$$?; cat $(BUILD)/test-gpu.log; \
+	echo "$$($(SKIPPED) $(BUILD)/test-gpu.log) GPU tests SKIPPED"; exit $$code
 
 asan:
 	@$(MAKE) --no-print-directory build BUILD=build-asan CMAKE_FLAGS=-DQNEXT_SANITIZE=ON
@@ -59,7 +68,7 @@ deps:
 	fi
 
 format:
-	@git ls-files '*.cpp' '*.h' | xargs clang-format -i
+	@git ls-files '*.cpp' '*.h' '*.cu' '*.cuh' | xargs clang-format -i
 
 clean:
 	rm -rf build build-asan $(PROGRAMS)

@@ -7,6 +7,7 @@
 #include "qnext.h"
 
 #include <algorithm>
+#include <atomic>
 #include <chrono>
 #include <cmath>
 #include <cstring>
@@ -16,8 +17,10 @@
 #include "ggml-lite/base/term.h"              // parse_size, human_gib
 #include "ggml-lite/base/threads.h"           // default_threads
 #include "ggml-lite/core/limits.h"            // kMaxWidth, ...
+#include "ggml-lite/core/plan.h"              // plan_memory
 #include "ggml-lite/core/qn.h"                // QnFile
 #include "ggml-lite/cpu/cpu.h"                // make_cpu_device
+#include "ggml-lite/nn/chooser.h"             // Chooser
 #include "ggml-lite/nn/gated_attention.h"     // gated_attention
 #include "ggml-lite/nn/gated_delta_net.h"     // gated_delta_net
 #include "ggml-lite/nn/hybrid_state.h"        // HybridState
@@ -94,7 +97,8 @@ std::span<const OptionRow> options_table() {
       {"--isa", "LEVEL", "CPU kernels: auto, scalar, avx2, avx512",
        [](Options& o, const std::string& v) { o.isa = parse_choice(v, "--isa", {"auto", "scalar", "avx2", "avx512"}); }},
       {"--ram", "SIZE", "memory this process may use, e.g. 24G (GiB)", [](Options& o, const std::string& v) { o.ram = qn::parse_size(v, "--ram"); }},
-      {"--verify", "", "check all checksums of the file at start (default for files under 1 GiB)",
+      {"--no-graph", "", "GPU: launch and wait for every operation by itself (to find a failing one)", [](Options& o, const std::string&) { o.graph = false; }},
+      {"--verify", "", "check all checksums of the file at start (default for files under 1 GiB, and on the way to a GPU)",
        [](Options& o, const std::string&) { o.verify = Verify::Yes; }},
       {"--no-verify", "", "do not check them", [](Options& o, const std::string&) { o.verify = Verify::No; }},
   };
@@ -250,10 +254,13 @@ static std::string format_of(DType t, int group) {
   return group ? std::string(qn::name(t)) + " g" + std::to_string(group) : qn::name(t);
 }
 
-// Binds names to views on the mapping; every shape follows from the configuration.
+// Binds names to views on the mapping, or on the device's copy of it; every shape follows from the configuration.
 class Binder {
  public:
-  Binder(const QnFile& file, Device& device, Model& model) : f_(file), device_(device), m_(model), i_(model.info) {}
+  Binder(const QnFile& file, Device& device, Model& model, bool mtp) : f_(file), device_(device), m_(model), i_(model.info), mtp_(mtp) {}
+  // What a device with memory of its own has to be given: a piece per checksum, and the tensor and record it is.
+  std::vector<qn::LoadPiece> pieces;
+  std::vector<std::pair<const qn::QnTensor*, size_t>> sources;
 
   void bind() {
     m_.embed = weight("embed", i_.vocab, i_.width, kExact);
@@ -266,6 +273,7 @@ class Binder {
     i_.experts_format = format_of(m_.layers[0].moe.experts.dtype, m_.layers[0].moe.experts.group);
     i_.bytes_per_token = per_token_;
     if (!i_.mtp) return;
+    unused_ = !mtp_;  // checked all the same
     m_.mtp.norm_embed = vec("mtp.norm_embed", i_.width);
     m_.mtp.norm_hidden = vec("mtp.norm_hidden", i_.width);
     m_.mtp.fc = weight("mtp.fc", i_.width, 2 * i_.width, kRest);
@@ -278,10 +286,21 @@ class Binder {
   static constexpr DType kRest[] = {DType::BF16, DType::INT8, DType::F32};
   static constexpr DType kF32[] = {DType::F32};
 
+  void* place(const std::string& name, const void* mapped) {
+    const qn::QnTensor& t = *f_.find(name);
+    if (unused_) return nullptr;
+    void* to = const_cast<void*>(device_.place(mapped, t.bytes));
+    if (to == mapped) return to;
+    const uint64_t each = t.bytes / t.crc.size();  // experts: a checksum per record, all of one size
+    for (size_t r = 0; r < t.crc.size(); r++) {
+      pieces.push_back({t.offset + r * each, each, static_cast<uint8_t*>(to) + r * each, t.crc[r]});
+      sources.emplace_back(&t, r);
+    }
+    return to;
+  }
   Tensor placed(const std::string& name, Tensor t) {  // t: what the file has under that name
-    const uint64_t bytes = f_.find(name)->bytes;
-    t.data = const_cast<void*>(device_.place(t.data, bytes));
-    per_token_ += bytes;
+    t.data = place(name, t.data);
+    per_token_ += f_.find(name)->bytes;
     return t;
   }
   Tensor weight(const std::string& name, int64_t n, int64_t k, std::span<const DType> types) {
@@ -321,8 +340,9 @@ class Binder {
     l.moe.shared_gate_up = weight(p + "moe.shared_gate_up", 2 * i_.shared_width, d, kRest);
     l.moe.shared_down = weight(p + "moe.shared_down", d, i_.shared_width, kRest);
     l.moe.experts = f_.experts(p + "moe.experts", i_.experts, d, i_.expert_width);
-    l.moe.experts.data = static_cast<const uint8_t*>(device_.place(l.moe.experts.data, f_.find(p + "moe.experts")->bytes));
-    per_token_ += static_cast<uint64_t>(i_.chosen) * static_cast<uint64_t>(l.moe.experts.layout().bytes);
+    const int64_t one = l.moe.experts.layout().bytes;
+    l.moe.experts.data = static_cast<const uint8_t*>(place(p + "moe.experts", l.moe.experts.data));
+    per_token_ += static_cast<uint64_t>(i_.chosen) * static_cast<uint64_t>(one);
     l.moe.chosen = i_.chosen, l.moe.renormalise = m_.renormalise;
     return l;
   }
@@ -331,14 +351,36 @@ class Binder {
   Device& device_;
   Model& m_;
   ModelInfo& i_;
+  const bool mtp_;
+  bool unused_ = false;
   uint64_t per_token_ = 0;
 };
 
+// Bytes that place() will be asked for
+static uint64_t placed_bytes(const QnFile& f, bool mtp) {
+  uint64_t sum = 0;
+  for (const qn::QnTensor& t : f.tensors())
+    if (t.dtype != DType::U8 && (mtp || !t.name.starts_with("mtp."))) sum += static_cast<uint64_t>(qn::round_up(static_cast<int64_t>(t.bytes), Device::kPlaceAlign));
+  return sum;
+}
+
 // ---- 3. the machine -----------------------------------------------------------------------------------------------------
+
+// The number of the GPU that --device names or auto finds; -1: none
+static int gpu_of(const Options& o) {
+  if (o.device == "auto") {
+    for (const qn::CudaDeviceInfo& d : qn::list_cuda_devices())
+      if (d.capability >= 80) return d.index;
+    return -1;
+  }
+  if (parse_device(o.device).rfind("cuda", 0) != 0) return -1;
+  if (o.device.find(',') != o.device.npos) fail("--device %s: expected one GPU, got several: the model runs on one, name it, as in cuda:0", o.device.c_str());
+  return o.device == "cuda" ? 0 : parse_count(o.device.substr(5), "--device cuda:N", 0, 1023);
+}
 
 static std::unique_ptr<Device> make_device(const Options& o) {
   if (o.device == "ref") return qn::make_ref_device();
-  if (parse_device(o.device).rfind("cuda", 0) == 0 || (o.device == "auto" && !qn::list_cuda_devices().empty())) return qn::make_cuda_device(0);
+  if (const int gpu = gpu_of(o); gpu >= 0) return qn::make_cuda_device(gpu, o.graph);
   const qn::Isa isa = o.isa == "scalar" ? qn::Isa::Scalar : o.isa == "avx2" ? qn::Isa::Avx2 : o.isa == "avx512" ? qn::Isa::Avx512 : qn::Isa::Auto;
   return qn::make_cpu_device(o.threads, isa);
 }
@@ -346,17 +388,19 @@ static std::unique_ptr<Device> make_device(const Options& o) {
 std::vector<std::string> list_devices() {
   std::vector<std::string> out;
   for (const qn::CudaDeviceInfo& d : qn::list_cuda_devices())
-    out.push_back(qn::format("cuda:%d  %s, %s", d.index, d.name.c_str(), qn::human_gib(d.memory).c_str()));
+    out.push_back(qn::format("cuda:%d  %s, %s, compute capability %d.%d%s", d.index, d.name.c_str(), qn::human_gib(d.memory).c_str(), d.capability / 10,
+                             d.capability % 10, d.capability < 80 ? " (8.0 is needed)" : ""));
   out.push_back(qn::make_cpu_device(0)->name());
   out.push_back("ref");
   return out;
 }
 
 static Act parse_act(const Options& o) {
-  if (!o.act) return o.device.rfind("cuda", 0) == 0 || (o.device == "auto" && !qn::list_cuda_devices().empty()) ? Act::BF16 : Act::INT8;
+  if (!o.act) return gpu_of(o) >= 0 ? Act::BF16 : Act::INT8;
   return *o.act == "f32" ? Act::F32 : *o.act == "bf16" ? Act::BF16 : Act::INT8;
 }
 
+constexpr int kRecorded = 8;                          // steps of up to this many tokens are recorded, one recording for each number
 constexpr int kLogitRows = 16;                        // rows of logits computed at once when all are wanted
 constexpr uint64_t kCheckpointBytes = 1ull << 30;     // memory for checkpoints of the recurrent state
 
@@ -383,32 +427,28 @@ static qn::OpLimits op_limits(const Model& m, int ubatch, int ctx) {
   qn::OpLimits l;
   l.tokens = ubatch;
   l.width = std::max<int64_t>({m.qkvz_rows(), m.qgkv_rows(), 2 * i.width, i.heads * i.head_dim, i.value_heads * i.value_dim, 2 * i.shared_width, 2 * i.expert_width});
+  l.vocab = i.vocab;
   l.experts = i.experts, l.chosen = i.chosen, l.expert_width = i.expert_width, l.model_width = i.width;
   l.heads = i.heads, l.context = ctx;
   l.value_heads = i.value_heads, l.key_heads = i.key_heads, l.key_dim = i.key_dim, l.value_dim = i.value_dim;
   return l;
 }
 
-static Plan make_plan(const Model& m, const Options& o, DType kv_type, bool mtp, const Device& device) {
-  Plan p;
-  p.budget = o.ram ? std::min(o.ram, qn::available_ram()) : qn::available_ram();
-  p.ubatch = o.ubatch ? o.ubatch : 512;
-  p.weights = m.info.file_bytes;
-  p.scratch = scratch_bytes(m, p.ubatch) + device.scratch_bytes(op_limits(m, p.ubatch, o.ctx ? o.ctx : m.info.context));
-  if (o.ctx > m.info.context) fail("--ctx: %d positions, but the model was made for %d; choose at most that", o.ctx, m.info.context);
+static Plan make_plan(const QnFile& file, const Model& m, const Options& o, DType kv_type, bool mtp, const Device& device) {
   const qn::StateShape one = state_shape(m, 1, kv_type, mtp);
-  p.state = one.recurrent_bytes() * (1 + std::max<uint64_t>(3, std::min<uint64_t>(64, kCheckpointBytes / one.recurrent_bytes())));
-  const uint64_t fixed = p.state + p.scratch, per_position = std::max<uint64_t>(one.kv_bytes(), 1);
-  if (o.ctx) p.ctx = o.ctx;
-  else {  // half of what is left for the cache, so that weights find room beside it
-    const uint64_t left = p.budget > fixed ? (p.budget - fixed) / 2 / per_position : 0;
-    p.ctx = static_cast<int>(std::min<uint64_t>(left < 256 ? left : left / 256 * 256, static_cast<uint64_t>(m.info.context)));
-  }
-  p.kv = per_position * static_cast<uint64_t>(p.ctx);
-  if (p.ctx < 1 || fixed + p.kv > p.budget)
-    fail("not enough memory: KV cache %s, recurrent state and checkpoints %s, scratch %s, but only %s may be used; try a smaller --ctx or --ubatch, or a larger --ram",
-         qn::human_gib(p.kv).c_str(), qn::human_gib(p.state).c_str(), qn::human_gib(p.scratch).c_str(), qn::human_gib(p.budget).c_str());
-  return p;
+  qn::PlanRequest r;
+  r.file = file.path(), r.device = device.name(), r.own_memory = device.memory() > 0;
+  r.budget = r.own_memory ? device.memory_free() : o.ram ? std::min(o.ram, qn::available_ram()) : qn::available_ram();
+  r.weights = r.own_memory ? placed_bytes(file, mtp) : m.info.file_bytes;
+  r.state = one.recurrent_bytes() * (1 + qn::HybridState::checkpoints_kept(one, kCheckpointBytes));
+  r.per_position = std::max<uint64_t>(one.kv_bytes(), 1);
+  r.model_context = m.info.context, r.ctx = o.ctx, r.ubatch = o.ubatch;
+  r.scratch = [&](int ubatch, int ctx) {
+    const int t = std::min(ubatch, ctx);
+    return scratch_bytes(m, t) + device.scratch_bytes(op_limits(m, t, ctx));
+  };
+  const qn::MemoryPlan p = qn::plan_memory(r);
+  return {{}, {}, {}, p.ctx, p.ubatch, p.weights, p.kv, p.state, p.scratch, r.budget};
 }
 
 struct Engine::Impl {
@@ -420,7 +460,8 @@ struct Engine::Impl {
   Act act = Act::F32;
   DType kv_type = DType::BF16;
   bool mtp = false;
-  Buffer inv_freq;
+  Buffer inv_freq, allowed;  // allowed (V) U8: ids that have a token; empty without a tokenizer
+  qn::LoadReport loaded;
   TraceHook hook;
 
   explicit Impl(QnFile f) : file(std::move(f)) {}
@@ -444,18 +485,33 @@ Engine Engine::open(const std::string& path, const Options& options, const Progr
   e->kv_type = options.kv_type.empty() ? (e->act == Act::F32 ? DType::F32 : DType::BF16) : options.kv_type == "f32" ? DType::F32 : DType::BF16;
   e->mtp = options.mtp && e->model.info.mtp;
   e->device = make_device(options);
-  e->plan = make_plan(e->model, options, e->kv_type, e->mtp, *e->device);
+  e->plan = make_plan(e->file, e->model, options, e->kv_type, e->mtp, *e->device);
   e->plan.device = e->device->name();
   e->plan.act = qn::name(e->act), e->plan.kv_type = qn::name(e->kv_type);
-  if (options.verify == Verify::Yes || (options.verify == Verify::Auto && e->file.size() < 1ull << 30))
-    e->file.verify(options.threads > 0 ? options.threads : qn::default_threads(), [&](uint64_t done, uint64_t total) {
-      if (progress) progress("verifying", done, total);
-    });
-  Binder(e->file, *e->device, e->model).bind();
+  const int threads = options.threads > 0 ? options.threads : qn::default_threads();
+  auto report = [&](const char* what) {
+    return [&progress, what](uint64_t done, uint64_t total) {
+      if (progress) progress(what, done, total);
+    };
+  };
+  const bool own = e->device->memory() > 0;  // then weights are copied, and checked on the way
+  if (!own && (options.verify == Verify::Yes || (options.verify == Verify::Auto && e->file.size() < 1ull << 30))) e->file.verify(threads, report("verifying"));
+  if (own) e->device->reserve_weights(e->plan.weights);
+  Binder binder(e->file, *e->device, e->model, e->mtp);
+  binder.bind();
+  if (!binder.pieces.empty())
+    e->loaded = e->device->load(e->file.file(), binder.pieces, std::min(threads, 16), options.verify != Verify::No,
+                                [&](size_t i) { e->file.damaged(*binder.sources[i].first, binder.sources[i].second); }, report("loading"));
   e->read_tokenizer();
   const size_t bytes = e->model.inv_freq.size() * sizeof(float);
   e->inv_freq = e->device->alloc(bytes, "rotary frequencies");
   e->device->upload(e->inv_freq.data(), e->model.inv_freq.data(), bytes);
+  if (e->tokenizer) {
+    std::vector<uint8_t> has(static_cast<size_t>(e->model.info.vocab));
+    for (size_t i = 0; i < has.size(); i++) has[i] = e->tokenizer->has(static_cast<int32_t>(i));
+    e->allowed = e->device->alloc(has.size(), "ids that have a token");
+    e->device->upload(e->allowed.data(), has.data(), has.size());
+  }
   return Engine(std::move(e));
 }
 
@@ -473,6 +529,9 @@ Engine::~Engine() = default;
 
 const ModelInfo& Engine::info() const { return impl_->model.info; }
 const Plan& Engine::plan() const { return impl_->plan; }
+const qn::LoadReport& Engine::load_report() const { return impl_->loaded; }
+double Engine::read_bandwidth() const { return impl_->device->read_bandwidth(); }
+MemoryUse Engine::memory_use() const { return {impl_->device->memory_used(), impl_->device->memory()}; }
 std::string Engine::device_name() const { return impl_->device ? impl_->device->name() : "none"; }
 bool Engine::has_tokenizer() const { return impl_->tokenizer.has_value(); }
 std::vector<int32_t> Engine::tokenize(std::string_view text, bool control) const { return impl_->text().encode(text, control); }
@@ -501,11 +560,13 @@ struct Session::Impl {
   const int ubatch;
   qn::HybridState state;
   std::vector<int32_t> tokens;     // the timeline: exactly what the state has seen
-  std::vector<float> logits;       // host copy for the next token
+  std::vector<float> logits;       // host copy for the next token, when not stale
+  bool stale = false;
   Timings timings;
 
   // Scratch, all rows sized for `ubatch`. The residual stream h and the ids have a fixed place, so a step can be recorded.
   Buffer memory, step_memory;
+  qn::Chooser chooser;
   size_t used = 0;
   Tensor ids, h, normed, hidden, embedded, logit_rows;  // hidden (T+1, D): final norms, row 0 of the position before
   qn::DeltaNetScratch delta;
@@ -515,7 +576,8 @@ struct Session::Impl {
 
   explicit Impl(Engine::Impl& engine)
       : e(engine), m(engine.model), device(*engine.device), ubatch(std::min(engine.plan.ubatch, engine.plan.ctx)),
-        state(device, state_shape(m, engine.plan.ctx, engine.kv_type, engine.mtp), kCheckpointBytes), logits(static_cast<size_t>(m.info.vocab)) {
+        state(device, state_shape(m, engine.plan.ctx, engine.kv_type, engine.mtp), kCheckpointBytes), logits(static_cast<size_t>(m.info.vocab)),
+        chooser(device, e.allowed.data() ? view(e.allowed.data(), DType::U8, m.info.vocab) : Tensor(), e.plan.ctx) {
     const ModelInfo& i = m.info;
     const int64_t t = ubatch;
     memory = device.alloc(scratch_bytes(m, ubatch) + 64 * 32, "scratch");
@@ -579,21 +641,24 @@ struct Session::Impl {
   float* last_hidden() const { return state.tail(); }               // (D): final norm of the last position
   float* last_logits() const { return state.tail() + m.info.width; }  // (V)
 
-  // The tokens [from, from+n) of the timeline through the model, n <= ubatch. Leaves the logits of the last one in last_logits(),
-  // and calls `each` with those of every one when given.
-  void forward(int from, int n, const std::function<void(int, std::span<const float>)>* each) {
+  void prepare(int from, int n) {
     const StepParams at[2] = {{from, n}, {std::max(from - 1, 0), from ? n : n - 1}};
     device.upload(step, at, sizeof at);
     device.upload(ids.data, tokens.data() + from, static_cast<size_t>(n) * sizeof(int32_t));
+  }
+
+  // The tokens [from, from+n) of the timeline through the model, n <= ubatch. Leaves the logits of the last one in last_logits(),
+  // and calls `each` with those of every one when given.
+  void forward(int from, int n, const std::function<void(int, std::span<const float>)>* each) {
+    prepare(from, n);
     const bool all_rows = e.hook || each || e.mtp;  // final norms of every row are wanted
     auto body = [&] { layers_and_head(n, all_rows); };
-    if (all_rows || n > 8) body();
+    if (all_rows || n > kRecorded) body();
     else device.recorded(this, static_cast<uint64_t>(n), body);
     if (each) all_logits(from, n, *each);
     if (e.mtp) mtp(from, n);
-    const Tensor last = hidden.slice(n, 1);
-    device.copy(last_hidden(), last.data, static_cast<size_t>(m.info.width) * sizeof(float));
-    device.download(logits.data(), last_logits(), logits.size() * sizeof(float));
+    if (all_rows) device.copy(last_hidden(), hidden.slice(n, 1).data, static_cast<size_t>(m.info.width) * sizeof(float));
+    stale = true;
   }
 
   void layers_and_head(int n, bool all_rows) {
@@ -607,8 +672,97 @@ struct Session::Impl {
       trace(i, "layer", x);
     }
     if (n > 1 && all_rows) head(x.slice(0, n - 1), m.norm, {}, hidden.slice(1, n - 1));
-    head(x.slice(n - 1, 1), m.norm, view(last_logits(), DType::F32, 1, m.info.vocab), hidden.slice(n, 1));
-    trace(-1, "final_norm", hidden.slice(1, n));
+    head(x.slice(n - 1, 1), m.norm, view(last_logits(), DType::F32, 1, m.info.vocab),
+         all_rows ? hidden.slice(n, 1) : view(last_hidden(), DType::F32, 1, m.info.width));
+    if (all_rows) trace(-1, "final_norm", hidden.slice(1, n));
+  }
+
+  // ---- a device that chooses tokens: one recording takes the token it chose through the model and chooses the next
+
+  void choose() { chooser.choose(view(last_logits(), DType::F32, 1, m.info.vocab), ids.slice(0, 1), step); }
+
+  void begin_choosing(const SamplerParams& p) {
+    chooser.begin({p.temperature, p.top_p, p.min_p, p.repetition_penalty, p.presence_penalty, p.frequency_penalty, p.top_k, p.penalty_window,
+                   position(), 0, p.seed}, tokens);
+    prepare(position() - 1, 1);
+    choose();
+  }
+
+  // Takes the token that was chosen into the timeline. With sampling on the host: step_one().
+  void advance(int32_t id) {
+    if (!chooser || e.mtp || e.hook) {
+      step_one(id);
+      if (chooser) choose();
+      return;
+    }
+    const double start = now();
+    tokens.push_back(id);
+    device.recorded(this, kRecorded + 1, [&] {
+      layers_and_head(1, false);
+      choose();
+    });
+    stale = true;
+    timings.decode_tokens++;
+    timings.decode_seconds += now() - start;
+  }
+
+  // ---- for benchmarks
+
+  void pretend(int to, uint64_t seed) {
+    if (to < 1 || to > e.plan.ctx) fail("position %d is outside of the context of %d", to, e.plan.ctx);
+    state.randomise(to, seed);
+    tokens.resize(static_cast<size_t>(to));
+    for (int i = 0; i < to; i++) tokens[static_cast<size_t>(i)] = static_cast<int32_t>((seed + static_cast<uint64_t>(i) * 2654435761u) % static_cast<uint64_t>(m.info.vocab));
+    stale = true, state.checkpoint(to);
+  }
+
+  uint64_t cache_bytes(int rows) const {  // of the KV cache that `rows` more tokens read, each position once
+    return state_shape(m, position() + rows, e.kv_type, false).kv_bytes();
+  }
+
+  // Runs a pass over `rows` tokens of which only the operations in `mask` do something.
+  void part(uint32_t mask, int rows) {
+    device.select(mask);
+    auto body = [&] { layers_and_head(rows, false); };
+    if (mask && rows <= kRecorded) device.recorded(this, (uint64_t{mask} << 8) + static_cast<uint64_t>(rows), body);
+    else body();
+    device.select(~0u);
+  }
+
+  std::vector<OpTime> profile(int rows) {
+    if (rows < 1 || rows > ubatch || position() + rows > e.plan.ctx) fail("cannot profile %d tokens at position %d", rows, position());
+    const int at = position();
+    state.checkpoint(at);
+    tokens.resize(static_cast<size_t>(at + rows), 1);
+    forward(at, rows, nullptr);  // leaves plausible values everywhere
+    std::vector<OpTime> out;
+    for (int i = 0; i < qn::kOps; i++) {
+      const auto op = static_cast<qn::Op>(i);
+      device.forget_traffic();
+      part(0, rows);
+      const auto [calls, bytes] = device.traffic(op);
+      if (!calls) continue;
+      std::vector<double> seconds;
+      for (int repeat = 0; repeat < 3 + 9; repeat++) {
+        device.sync();
+        const double start = now();
+        part(qn::bit(op), rows);
+        device.sync();
+        if (repeat >= 3) seconds.push_back(now() - start);
+      }
+      std::ranges::sort(seconds);
+      out.push_back({qn::name(op), calls, seconds[seconds.size() / 2], bytes + (op == qn::Op::Attention ? cache_bytes(0) : 0)});
+    }
+    go_back(at);
+    return out;
+  }
+
+  uint64_t bytes_per_pass(int rows) {
+    device.forget_traffic();
+    part(0, std::min(rows, ubatch));
+    uint64_t sum = cache_bytes(0);
+    for (int i = 0; i < qn::kOps; i++) sum += device.traffic(static_cast<qn::Op>(i)).bytes;
+    return sum;
   }
 
   // Logits of rows of `x`, normed already when `norm` is empty, in groups small enough for the scratch.
@@ -658,11 +812,14 @@ struct Session::Impl {
     if (id < 0 || id >= m.info.vocab) fail("token id: expected 0 to %d, got %d", m.info.vocab - 1, id);
   }
 
-  void load_logits() { device.download(logits.data(), last_logits(), logits.size() * sizeof(float)); }
+  const std::vector<float>& host_logits() {
+    if (stale) device.download(logits.data(), last_logits(), logits.size() * sizeof(float));
+    stale = false;
+    return logits;
+  }
 
   void go_back(int to) {
-    tokens.resize(static_cast<size_t>(state.restore(to)));
-    load_logits();
+    tokens.resize(static_cast<size_t>(state.restore(to))), stale = true;
   }
 
   // Positions worth a checkpoint in tokens[from, end): where the last turn begins, for a next prompt that rewrites the answer
@@ -705,6 +862,7 @@ struct Session::Impl {
         if (mark > from) end = std::min(end, mark);
       tokens.insert(tokens.end(), all.begin() + from, all.begin() + end);
       forward(from, end - from, each);
+      device.sync();  // progress and time are those of work done
       if (std::ranges::find(marks, end) != marks.end() && !each) state.checkpoint(end);
       r.prefilled += end - from;
       if (progress) progress("prompt", static_cast<uint64_t>(r.prefilled), static_cast<uint64_t>(total));
@@ -720,6 +878,7 @@ struct Session::Impl {
     const double start = now();
     tokens.push_back(id);
     forward(position() - 1, 1, nullptr);
+    if (!chooser) device.sync();
     timings.decode_tokens++;
     timings.decode_seconds += now() - start;
   }
@@ -727,7 +886,7 @@ struct Session::Impl {
   GenerateResult generate(const GenerateParams& p, const std::function<bool(const Delivery&)>& deliver) {
     if (tokens.empty()) fail("nothing to continue: the prompt has no tokens");
     std::vector<uint8_t> allowed;
-    if (e.tokenizer) {
+    if (e.tokenizer && !chooser) {
       allowed.resize(logits.size());
       for (size_t i = 0; i < allowed.size(); i++) allowed[i] = e.tokenizer->has(static_cast<int32_t>(i));
     }
@@ -743,6 +902,7 @@ struct Session::Impl {
       r.text += text;
       return !deliver || deliver({id, text});
     };
+    if (chooser) begin_choosing(p.sampling);
     while (true) {
       if (p.max_tokens >= 0 && static_cast<int>(r.ids.size()) >= p.max_tokens) break;
       if (position() >= e.plan.ctx) {
@@ -753,7 +913,7 @@ struct Session::Impl {
         r.finish = Finish::Interrupted;
         break;
       }
-      const int32_t id = sampler.next(logits, tokens, r.ids.size(), static_cast<uint64_t>(position()));
+      const int32_t id = chooser ? chooser.wait(position()) : sampler.next(host_logits(), tokens, r.ids.size(), static_cast<uint64_t>(position()));
       if (p.stop_at_end_tokens && std::ranges::find(m.info.end_tokens, id) != m.info.end_tokens.end()) {
         r.finish = Finish::EndToken;
         break;
@@ -772,8 +932,9 @@ struct Session::Impl {
       if (!p.stop.empty() && had_all && stream.taken() != stream.given()) state.checkpoint(position(), true);
       r.ids.push_back(id);
       ends.push_back(text_bytes);
+      if (chooser) advance(id);  // the GPU computes while the text is shown
       go = give(id, text);
-      step_one(id);
+      if (!chooser) advance(id);
     }
     if (r.finish == Finish::StopString) {
       // Keep the tokens whose text was delivered whole; at a boundary also those without any text that follow.
@@ -813,7 +974,7 @@ SyncResult Session::sync_all(std::span<const int32_t> tokens, const std::functio
   return impl_->sync(tokens, {}, nullptr, &each);
 }
 void Session::step(int32_t token) { impl_->step_one(token); }
-std::span<const float> Session::logits() const { return impl_->logits; }
+std::span<const float> Session::logits() const { return impl_->host_logits(); }
 const std::vector<int32_t>& Session::tokens() const { return impl_->tokens; }
 int Session::position() const { return impl_->position(); }
 int Session::context() const { return impl_->e.plan.ctx; }
@@ -824,12 +985,15 @@ int Session::rewind(int position) {
 void Session::clear() {
   impl_->tokens.clear();
   impl_->state.reset();
-  impl_->load_logits();
+  impl_->stale = true;
 }
 GenerateResult Session::generate(const GenerateParams& params, const std::function<bool(const Delivery&)>& deliver) {
   return impl_->generate(params, deliver);
 }
 Timings Session::timings() const { return impl_->timings; }
+void Session::pretend(int position, uint64_t seed) { impl_->pretend(position, seed); }
+std::vector<OpTime> Session::profile(int rows) { return impl_->profile(rows); }
+uint64_t Session::bytes_per_pass(int rows) const { return impl_->bytes_per_pass(rows); }
 uint64_t Session::state_hash() const { return impl_->state.hash(impl_->position()); }
 
 }  // namespace qnext

@@ -19,6 +19,7 @@
 #include <vector>
 
 #include "ggml-lite/base/check.h"
+#include "ggml-lite/core/device.h"   // LoadReport
 #include "ggml-lite/text/chatml.h"   // Message, ToolCall, ChatStyle, Answer
 #include "ggml-lite/text/sampler.h"  // SamplerParams
 
@@ -42,6 +43,7 @@ struct Options {
   int ubatch = 0;                   // tokens per pass in prefill; 0: chosen by the plan
   uint64_t ram = 0;                 // bytes this process may use; 0: what the system allows
   Verify verify = Verify::Auto;
+  bool graph = true;                // GPU: decode is one recording, replayed
   bool mtp = false;                 // run the multi-token-prediction layer along if the file has one (needed for its logits)
 };
 
@@ -79,8 +81,20 @@ struct Plan {
   std::string device;
   std::string act, kv_type;              // in force: "int8", "bf16"
   int ctx, ubatch;
-  uint64_t weights, kv, state, scratch;  // bytes; weights are mapped on the CPU
-  uint64_t budget;                       // what may be used
+  uint64_t weights, kv, state, scratch;  // bytes; weights are mapped on the CPU, copied to a GPU
+  uint64_t budget;                       // what may be used: memory of the process, or free memory of the GPU
+};
+
+struct MemoryUse {
+  uint64_t device_used, device_total;    // bytes of the GPU: taken since the device was opened, and all; 0 on host devices
+};
+
+// One kind of operation in a pass over the model, all its calls together.
+struct OpTime {
+  std::string name;
+  int calls;
+  double seconds;
+  uint64_t bytes;  // that it has to move at the least
 };
 
 using Progress = std::function<void(std::string_view what, uint64_t done, uint64_t total)>;
@@ -106,6 +120,9 @@ class Engine {
   const ModelInfo& info() const;
   const Plan& plan() const;
   std::string device_name() const;
+  const qn::LoadReport& load_report() const;  // how the weights got to the device; zero where they are used as the file is mapped
+  double read_bandwidth() const;              // bytes/s of a plain read of the memory that weights are in, measured now
+  MemoryUse memory_use() const;
 
   bool has_tokenizer() const;
   std::vector<int32_t> tokenize(std::string_view text, bool control) const;  // control: recognise "<|im_end|>" and the like
@@ -186,6 +203,13 @@ class Session {
   Timings timings() const;
   // Hash of everything the next token depends on (state, cache, logits): equal states give equal numbers on one device.
   uint64_t state_hash() const;
+
+  // ---- for benchmarks
+  // The timeline becomes `position` arbitrary tokens with random cache and state, as if computed; rewind(position) comes back here.
+  void pretend(int position, uint64_t seed);
+  // A pass over `rows` tokens at the present position: each kind of operation timed alone. The session is afterwards where it was.
+  std::vector<OpTime> profile(int rows);
+  uint64_t bytes_per_pass(int rows) const;  // weights, state and cache that a pass over `rows` tokens has to move
 
  private:
   struct Impl;

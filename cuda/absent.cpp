@@ -6,6 +6,6 @@ namespace qn {
 
 std::vector<CudaDeviceInfo> list_cuda_devices() { return {}; }
 
-std::unique_ptr<Device> make_cuda_device(int) { fail("--device cuda: this build has no CUDA device; use --device cpu"); }
+std::unique_ptr<Device> make_cuda_device(int, bool) { fail("--device cuda: this build has no CUDA device; use --device cpu"); }
 
 }  // namespace qn

@@ -11,9 +11,11 @@ namespace qn {
 struct CudaDeviceInfo {
   int index;
   std::string name;
-  uint64_t memory, free_memory;  // bytes
+  uint64_t memory;  // bytes
+  int capability;   // 90 for compute capability 9.0; below 80 it cannot be used
 };
 std::vector<CudaDeviceInfo> list_cuda_devices();          // empty without a driver or in a build without CUDA
-std::unique_ptr<Device> make_cuda_device(int index);      // throws Error
+// graphs: whether recorded() records; without, it runs its body each time (for debugging). Throws Error.
+std::unique_ptr<Device> make_cuda_device(int index, bool graphs = true);
 
 }  // namespace qn

@@ -53,7 +53,7 @@ refused 1 "none.txt" "$cli" -m "$m" -f "$tmp/none.txt"
 refused 1 "none.json" "$cli" -m "$m" --tools "$tmp/none.json" -p x
 refused 2 "device" "$cli" -m "$m" --device tpu -p x
 refused 2 "device" "$cli" -m "$m" --device cuda:0, -p x
-refused 1 "no CUDA device" "$cli" -m "$m" --device cuda:0,1 -p x
+refused 1 "expected one GPU" "$cli" -m "$m" --device cuda:0,1 -p x
 refused 1 "empty" "$cli" -m "$m" -p ""
 refused 1 "empty" "$cli" -m "$m"
 refused 1 "ctx" "$cli" -m "$m" --ctx 8 -p "A prompt that is certainly longer than eight tokens, is it not?"
@@ -69,6 +69,11 @@ refused 2 "stride" "$bin/qnext-perplexity" -m "$m" -f x --window 64 --stride 65
 refused 1 "none.txt" "$bin/qnext-perplexity" -m "$m" -f "$tmp/none.txt"
 "$cli" --help >"$tmp/out" && has "help" "--min-p" "$tmp/out" && has "help" "--threads" "$tmp/out"
 same "version" "qnext-cli" "$("$cli" --version | cut -d ' ' -f 1)"
+refused 2 "required" "$bin/qnext-bench"
+refused 2 "8-4" "$bin/qnext-bench" -m "$m" -p 8-4
+refused 1 "ctx gives 100" "$bin/qnext-bench" -m "$m" --device cpu --ctx 100
+"$bin/qnext-bench" -m "$m" --device cpu -p 8 -n 4 -d 0,64 -r 1 --ops --passes 1,2 -o jsonl --plot "$tmp/x.png" >"$tmp/json" 2>"$tmp/err"
+has "bench" '"test":"tg4 @ d64"' "$tmp/json"
 "$cli" --list-devices >"$tmp/out" && has "devices" "^ref" "$tmp/out"
 "$cli" -m "$m" --info >"$tmp/out" && has "info" "^layers  *8$" "$tmp/out"
 

@@ -1,6 +1,7 @@
 // Contracts of the operations, written once for all devices: every message prints the shapes that do not fit.
 #include "ggml-lite/core/device.h"
 
+#include <algorithm>
 #include <initializer_list>
 #include <utility>
 
@@ -93,13 +94,32 @@ void check_disjoint(const char* op, std::initializer_list<Named> outs, std::init
 
 }  // namespace
 
+static uint64_t stored(const Tensor& w) {
+  return w ? static_cast<uint64_t>(weight_bytes(w.dtype, w.rows(), w.cols(), w.group)) : 0;
+}
+static uint64_t stored(const Tensor& w, int64_t t, int64_t chosen, const Experts& e) {  // w: a matrix of one expert
+  return stored(w) * static_cast<uint64_t>(std::min<int64_t>(t * chosen, e.count));
+}
+
+const char* name(Op op) {
+  static const char* const names[kOps] = {"embed",      "norm_matmul", "delta_net",   "gated_norm_matmul", "attention", "gate_matmul",
+                                          "moe_router", "moe_gate_up", "moe_down",    "concat_matmul",     "sample"};
+  return names[static_cast<int>(op)];
+}
+
+bool Device::begin(Op op, uint64_t bytes) {
+  traffic_[static_cast<int>(op)].calls++;
+  traffic_[static_cast<int>(op)].bytes += bytes;
+  return selected_ & bit(op);
+}
+
 void Device::embed(const EmbedArgs& a) {
   const int64_t t = a.h.rows(), d = a.h.cols();
   QN_CHECK(a.ids && a.ids.dtype == DType::I32 && a.ids.rows() == t, "embed: ids: expected i32 (%lld), got %s", static_cast<long long>(t), shape(a.ids).c_str());
   check_act("embed", "h", a.h, t, d);
   check_exact("embed", "table", a.table, -1, d);
   check_disjoint("embed", {{"h", a.h}}, {{"ids", a.ids}});
-  do_embed(a);
+  if (begin(Op::Embed, static_cast<uint64_t>(t * d * item_bytes(a.table.dtype)))) do_embed(a);
 }
 
 void Device::norm_matmul(const NormMatmulArgs& a) {
@@ -119,7 +139,7 @@ void Device::norm_matmul(const NormMatmulArgs& a) {
   }
   if (a.normed) check_act(op, "normed", a.normed, t, d);
   check_disjoint(op, {{"y", a.y}, {"y_exact", a.y_exact}, {"normed", a.normed}}, {{"h", a.h}, {"norm", a.norm}});
-  do_norm_matmul(a);
+  if (begin(Op::NormMatmul, stored(a.w) + stored(a.w_exact))) do_norm_matmul(a);
 }
 
 void Device::delta_net(const DeltaNetArgs& a) {
@@ -142,7 +162,7 @@ void Device::delta_net(const DeltaNetArgs& a) {
   check_act(op, "conv_ring", a.conv_ring, slots, ch);
   check_act(op, "o", a.o, t, gv * dv);
   check_disjoint(op, {{"o", a.o}, {"state", a.state}, {"conv_ring", a.conv_ring}}, {{"qkv", a.qkv}, {"ba", a.ba}});
-  do_delta_net(a);
+  if (begin(Op::DeltaNet, static_cast<uint64_t>(2 * gv * dk * dv + (slots + 4) * ch) * 4)) do_delta_net(a);
 }
 
 void Device::gated_norm_matmul(const GatedNormMatmulArgs& a) {
@@ -155,7 +175,7 @@ void Device::gated_norm_matmul(const GatedNormMatmulArgs& a) {
   check_weight(op, "w", a.w, a.h.cols(), n);
   check_act(op, "h", a.h, t, a.w.rows());
   check_disjoint(op, {{"h", a.h}}, {{"o", a.o}, {"z", a.z}, {"norm", a.norm}});
-  do_gated_norm_matmul(a);
+  if (begin(Op::GatedNormMatmul, stored(a.w))) do_gated_norm_matmul(a);
 }
 
 void Device::attention(const AttentionArgs& a) {
@@ -175,7 +195,7 @@ void Device::attention(const AttentionArgs& a) {
              "%s: cache: expected (%lld, C, %lld), got %s", op, static_cast<long long>(hk), static_cast<long long>(dh), shape(*c).c_str());
   check_act(op, "o", a.o, t, h * dh);
   check_disjoint(op, {{"o", a.o}, {"k_cache", a.k_cache}, {"v_cache", a.v_cache}}, {{"qgkv", a.qgkv}});
-  do_attention(a);
+  if (begin(Op::Attention, 0)) do_attention(a);
 }
 
 void Device::gate_matmul(const GateMatmulArgs& a) {
@@ -186,7 +206,7 @@ void Device::gate_matmul(const GateMatmulArgs& a) {
   check_weight(op, "w", a.w, a.h.cols(), n);
   check_act(op, "h", a.h, t, a.w.rows());
   check_disjoint(op, {{"h", a.h}}, {{"o", a.o}, {"gate", a.gate}});
-  do_gate_matmul(a);
+  if (begin(Op::GateMatmul, stored(a.w))) do_gate_matmul(a);
 }
 
 void Device::moe_router(const MoeRouterArgs& a) {
@@ -204,7 +224,7 @@ void Device::moe_router(const MoeRouterArgs& a) {
   check_vec(op, "shared_scale", a.shared_scale, t);
   check_disjoint(op, {{"x", a.x}, {"logits", a.logits}, {"shared", a.shared}, {"shared_scale", a.shared_scale}},
                  {{"h", a.h}, {"norm", a.norm}});
-  do_moe_router(a);
+  if (begin(Op::MoeRouter, stored(a.router) + stored(a.shared_gate) + stored(a.shared_gate_up))) do_moe_router(a);
 }
 
 void Device::moe_gate_up(const MoeGateUpArgs& a) {
@@ -219,7 +239,7 @@ void Device::moe_gate_up(const MoeGateUpArgs& a) {
   check_act(op, "inner", a.inner, t * k, f);
   QN_CHECK(f % 8 == 0, "%s: expert width %lld must be a multiple of 8", op, static_cast<long long>(f));
   check_disjoint(op, {{"ids", a.ids}, {"weights", a.weights}, {"inner", a.inner}}, {{"x", a.x}, {"logits", a.logits}});
-  do_moe_gate_up(a);
+  if (begin(Op::MoeGateUp, stored(a.experts.gate_up(0), t, k, a.experts))) do_moe_gate_up(a);
 }
 
 void Device::moe_down(const MoeDownArgs& a) {
@@ -235,7 +255,7 @@ void Device::moe_down(const MoeDownArgs& a) {
   check_weight(op, "shared_down", a.shared_down, d, fs);
   check_disjoint(op, {{"h", a.h}},
                  {{"ids", a.ids}, {"weights", a.weights}, {"inner", a.inner}, {"shared", a.shared}, {"shared_scale", a.shared_scale}});
-  do_moe_down(a);
+  if (begin(Op::MoeDown, stored(a.experts.down(0), t, k, a.experts) + stored(a.shared_down))) do_moe_down(a);
 }
 
 void Device::concat_matmul(const ConcatMatmulArgs& a) {
@@ -248,7 +268,19 @@ void Device::concat_matmul(const ConcatMatmulArgs& a) {
   check_weight(op, "w", a.w, -1, 2 * d);
   check_act(op, "y", a.y, t, a.w.rows());
   check_disjoint(op, {{"y", a.y}}, {{"a", a.a}, {"b", a.b}, {"norm_a", a.norm_a}, {"norm_b", a.norm_b}});
-  do_concat_matmul(a);
+  if (begin(Op::ConcatMatmul, stored(a.w))) do_concat_matmul(a);
+}
+
+void Device::sample(const SampleArgs& a) {
+  const char* op = "sample";
+  QN_CHECK(samples(), "%s: %s leaves it to the host", op, name().c_str());
+  const int64_t v = a.logits.cols();
+  check_act(op, "logits", a.logits, 1, v);
+  QN_CHECK(!a.allowed || (a.allowed.dtype == DType::U8 && a.allowed.rows() == v), "%s: allowed: got %s", op, shape(a.allowed).c_str());
+  QN_CHECK(a.history && a.history.dtype == DType::I32 && a.history.ndim == 1, "%s: history: got %s", op, shape(a.history).c_str());
+  QN_CHECK(a.ids && a.ids.dtype == DType::I32 && a.ids.rows() >= 1, "%s: ids: got %s", op, shape(a.ids).c_str());
+  QN_CHECK(a.params && a.step && a.mail, "%s: no parameters, step or mail", op);
+  if (begin(Op::Sample, static_cast<uint64_t>(v) * 4)) do_sample(a);
 }
 
 }  // namespace qn

@@ -15,12 +15,16 @@
 //
 // Activations are F32 (T, n). `h` is the residual stream (T, D).
 #pragma once
+#include <algorithm>
 #include <cstdint>
 #include <functional>
+#include <iterator>
 #include <memory>
+#include <span>
 #include <string>
 #include <vector>
 
+#include "ggml-lite/base/file.h"
 #include "ggml-lite/core/step.h"
 #include "ggml-lite/core/tensor.h"
 
@@ -30,6 +34,7 @@ namespace qn {
 struct OpLimits {
   int tokens = 0;       // largest T of a call
   int64_t width = 0;    // largest K of a matrix product and largest N of a fused intermediate
+  int64_t vocab = 0;    // V, for choosing tokens
   int experts = 0, chosen = 0;
   int64_t expert_width = 0, model_width = 0;
   int heads = 0;        // H
@@ -155,7 +160,32 @@ struct ConcatMatmulArgs {
   Tensor y;                 // out (T, D)
 };
 
+// Chooses the token at position p = step->pos + step->n_tok, which is how many tokens the model has seen, and prepares the next step.
+// The meaning of the parameters is that of text/sampler.h: the same logits give the same token.
+struct SampleArgs {
+  Tensor logits;        // (1, V)
+  Tensor allowed;       // (V) U8: whether an id may be chosen; empty: all may
+  Tensor history;       // in/out (C) I32: the tokens before p are read, [p] is written when p < C
+  Tensor ids;           // out (1) I32: the token
+  const SampleParams* params = nullptr;  // device memory
+  StepParams* step = nullptr;            // in/out, device memory: becomes {p, 1}
+  Mail* mail = nullptr;                  // out, memory of alloc_mail()
+};
+
 // ---------------------------------------------------------------------------------------------------------------------
+
+// The weights of a file on their way to a device.
+struct LoadPiece {
+  uint64_t offset, bytes;  // in the file
+  void* to;                // where place() said
+  uint32_t crc;            // crc32c of the bytes
+};
+struct LoadReport {
+  uint64_t bytes = 0;
+  int threads = 0;
+  double seconds = 0;                  // from first to last byte
+  double read = 0, check = 0, wait = 0;  // seconds of all threads together: reading, checksums, waiting for a free buffer
+};
 
 class Device;
 
@@ -176,6 +206,11 @@ class Buffer {
   size_t bytes_ = 0;
 };
 
+enum class Op { Embed, NormMatmul, DeltaNet, GatedNormMatmul, Attention, GateMatmul, MoeRouter, MoeGateUp, MoeDown, ConcatMatmul, Sample };
+constexpr int kOps = 11;
+const char* name(Op op);  // "norm_matmul"
+constexpr uint32_t bit(Op op) { return 1u << static_cast<int>(op); }
+
 class Device {
  public:
   virtual ~Device() = default;
@@ -183,15 +218,29 @@ class Device {
 
   // ---- memory and order
   Buffer alloc(size_t bytes, const char* what);  // zeroed; throws Error naming `what` and the missing bytes
-  // Weights as they lie in the mapped file -> where operations can read them. Host devices return the same address.
+  // Weights as they lie in the mapped file -> where operations can read them. Host devices return the same address. Others cut it
+  // from the memory that reserve_weights() took; its contents are undefined until load() has put them there.
   virtual const void* place(const void* host, size_t bytes) = 0;
+  static constexpr size_t kPlaceAlign = 256;            // place() takes bytes rounded up to this
+  virtual void reserve_weights(uint64_t) {}
+  // Copies the pieces and, when `check`, compares their checksums on the way; calls damaged(i), which throws, for the first bad one.
+  // progress(done, total) is called by the caller's thread.
+  virtual LoadReport load(const File&, std::span<const LoadPiece>, int threads, bool check, const std::function<void(size_t)>& damaged,
+                          const std::function<void(uint64_t, uint64_t)>& progress) {
+    (void)threads, (void)check, (void)damaged, (void)progress;
+    return {};
+  }
+  // Memory of its own, in which the plan has to find room for everything; 0: it computes in the memory of the process.
+  virtual uint64_t memory() const { return 0; }         // bytes of the device
+  virtual uint64_t memory_free() const { return 0; }    // bytes nobody holds now
+  virtual uint64_t memory_used() const { return 0; }    // bytes taken since this object was made, by whomever
   virtual void upload(void* to, const void* from_host, size_t bytes) = 0;
   virtual void download(void* to_host, const void* from, size_t bytes) = 0;
   virtual void copy(void* to, const void* from, size_t bytes) = 0;  // device to device, ordered with operations
   virtual void zero(void* to, size_t bytes) = 0;
   virtual void sync() {}
-  // Run `body` (a fixed list of operations on fixed addresses); a device that records may replay what it recorded for the same
-  // (owner, key). The owner of the addresses calls forget() before they go.
+  // Run `body` (a fixed list of operations, copies and zeroings on fixed addresses); a device that records may replay what it
+  // recorded for the same (owner, key). The owner of the addresses calls forget() before they go.
   virtual void recorded(const void* owner, uint64_t key, const std::function<void()>& body) {
     (void)owner, (void)key;
     body();
@@ -199,6 +248,29 @@ class Device {
   virtual void forget(const void* owner) { (void)owner; }
   virtual uint64_t scratch_bytes(const OpLimits& limits) const = 0;  // what reserve() will take, for the memory plan
   virtual void reserve(const OpLimits& limits) = 0;                  // again with larger limits is allowed between operations
+
+  // ---- choosing tokens, for devices that can (then generation never waits for logits); the others leave it to text/sampler
+  virtual bool samples() const { return false; }
+  virtual Mail* alloc_mail() { return nullptr; }  // zeroed, lives as long as the device
+  void sample(const SampleArgs&);
+
+  // Throws Error when something that was started has failed; returns whether all of it has ended. Never waits.
+  virtual bool idle() { return true; }
+
+  // ---- measuring
+  // Operations outside the mask do nothing: to time the ones inside alone. Recordings made under one mask replay only under it.
+  void select(uint32_t mask) { selected_ = mask; }
+  // What operations asked for so far, whether selected or not: calls, and the bytes they had to move at the least: weights and
+  // recurrent state; no activations, and not the KV cache, whose length only the device knows. Of experts as many as T tokens can
+  // choose. Replays do not count.
+  struct Traffic {
+    int calls = 0;
+    uint64_t bytes = 0;
+  };
+  Traffic traffic(Op op) const { return traffic_[static_cast<int>(op)]; }
+  void forget_traffic() { std::fill(std::begin(traffic_), std::end(traffic_), Traffic{}); }
+  // Bytes per second of a plain read of the memory that weights are in; takes a fraction of a second.
+  virtual double read_bandwidth() { return 0; }
 
   // ---- operations
   void embed(const EmbedArgs&);
@@ -226,6 +298,11 @@ class Device {
   virtual void do_moe_gate_up(const MoeGateUpArgs&) = 0;
   virtual void do_moe_down(const MoeDownArgs&) = 0;
   virtual void do_concat_matmul(const ConcatMatmulArgs&) = 0;
+  virtual void do_sample(const SampleArgs&) {}
+  bool begin(Op op, uint64_t bytes);  // counts; whether the operation is selected
+
+  uint32_t selected_ = ~0u;
+  Traffic traffic_[kOps];
 };
 
 }  // namespace qn

@@ -216,9 +216,9 @@ uint64_t stored_bytes(const QnTensor& t) {
 // ---- QnFile ---------------------------------------------------------------------------------------------------------
 
 QnFile QnFile::open(const std::string& path) {
-  QnFile f;
+  QnFile f(File::open_read(path));
   f.path_ = path;
-  f.map_ = File::open_read(path).map();
+  f.map_ = f.file_.map();
   try {
     const auto file = f.map_.bytes();
     const Header h = read_header(file);

@@ -62,6 +62,7 @@ class QnFile {
   const QnTensor* find(std::string_view name) const;
   std::span<const uint8_t> data(const QnTensor& t) const { return map_.bytes().subspan(t.offset, t.bytes); }
   const Mapping& mapping() const { return map_; }
+  const File& file() const { return file_; }
 
   // Dense tensor as a view on the mapping; throws Error "model.qn: tensor X: expected bf16 (64, 2048), got ..." .
   Tensor dense(const std::string& name, std::span<const DType> dtypes, std::initializer_list<int64_t> shape) const;
@@ -82,12 +83,16 @@ class QnFile {
   // first bad one in file order. progress is called by the caller's thread only.
   void verify(int threads, const std::function<void(uint64_t done, uint64_t total)>& progress = {}) const;
 
+  // Throws the Error of check() for a record that somebody else found damaged.
+  [[noreturn]] void damaged(const QnTensor& t, size_t record) const;
+
  private:
   // progress(n) after every few MiB
   bool intact(const QnTensor& t, size_t record, const std::function<void(uint64_t)>& progress = {}) const;
-  [[noreturn]] void damaged(const QnTensor& t, size_t record) const;
 
+  explicit QnFile(File file) : file_(std::move(file)) {}
   std::string path_;
+  File file_;
   Mapping map_;
   std::map<std::string, Meta, std::less<>> meta_;
   std::vector<QnTensor> tensors_;

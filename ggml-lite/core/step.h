@@ -10,4 +10,24 @@ struct StepParams {
   int32_t n_tok;  // T, tokens in this call (equal to shape[0] of the activations)
 };
 
+// How the next token is chosen, as text/sampler.h defines it (SamplerParams), for devices that choose themselves.
+struct SampleParams {
+  float temperature;                            // 0: greedy
+  float top_p, min_p;
+  float repetition_penalty, presence_penalty, frequency_penalty;
+  int32_t top_k;                                // 0: all
+  int32_t penalty_window;                       // 0: all of the history
+  int32_t answer;                               // position of the first token of the answer
+  int32_t unused;
+  uint64_t seed;
+};
+
+// Where a device that chooses tokens leaves them for the host: memory of the host that both see. The token chosen for position p
+// is slot[p % kMailSlots] = (p << 32 | id), one 8-byte store, so that the host polls one word and never sees half a message.
+// id 0xffffffff: nothing could be chosen (every logit NaN, -inf or of an id that is not allowed).
+constexpr int kMailSlots = 64;
+struct Mail {
+  uint64_t slot[kMailSlots];
+};
+
 }  // namespace qn

@@ -16,12 +16,18 @@ uint64_t StateShape::recurrent_bytes() const {
 }
 uint64_t StateShape::kv_bytes() const { return static_cast<uint64_t>(layers_of(*this, true) * 2 * cache_values(*this) * item_bytes(kv_type)); }
 
+uint64_t HybridState::checkpoints_kept(const StateShape& shape, uint64_t checkpoint_bytes) {
+  return std::max<uint64_t>(3, std::min<uint64_t>(64, checkpoint_bytes / shape.recurrent_bytes()));
+}
+
 HybridState::HybridState(Device& device, const StateShape& shape, uint64_t checkpoint_bytes)
-    : device_(device), shape_(shape), keep_(std::max<uint64_t>(3, std::min<uint64_t>(64, checkpoint_bytes / shape.recurrent_bytes()))) {
+    : device_(device), shape_(shape), keep_(checkpoints_kept(shape, checkpoint_bytes)) {
   int64_t next[2] = {0, 0};
   for (const bool attention : shape_.attention) slots_.push_back(next[attention]++);
   recurrent_ = device_.alloc(shape_.recurrent_bytes(), "recurrent state");
   if (shape_.kv_bytes()) kv_ = device_.alloc(shape_.kv_bytes(), "KV cache");
+  if (device_.memory())
+    for (size_t i = 0; i < keep_; i++) spare_.push_back(device_.alloc(recurrent_.bytes(), "checkpoint of the recurrent state"));
 }
 
 Tensor HybridState::delta(int layer) const {
@@ -48,6 +54,32 @@ float* HybridState::tail() const {
 void HybridState::reset() {
   device_.zero(recurrent_.data(), recurrent_.bytes());
   forget_after(0);
+}
+
+void HybridState::randomise(int position, uint64_t seed) {
+  forget_after(-1);
+  uint64_t noise = seed | 1;
+  auto draw = [&noise] {  // sum of four bytes, about normal with sd 1
+    noise ^= noise << 13, noise ^= noise >> 7, noise ^= noise << 17;
+    return (static_cast<float>((noise & 255) + (noise >> 8 & 255) + (noise >> 16 & 255) + (noise >> 24 & 255)) - 510.f) / 148.f;
+  };
+  constexpr size_t kValues = 1 << 20;
+  std::vector<float> f(kValues);
+  std::vector<uint16_t> b(kValues);
+  for (size_t i = 0; i < kValues; i++) f[i] = draw(), b[i] = float_to_bf16(f[i]);
+  auto fill = [&](void* to, int64_t values, const void* from, int64_t item) {
+    for (int64_t i = 0; i < values; i += static_cast<int64_t>(kValues))
+      device_.upload(static_cast<uint8_t*>(to) + i * item, from, static_cast<size_t>(std::min<int64_t>(values - i, kValues) * item));
+  };
+  const bool half = shape_.kv_type == DType::BF16;
+  for (int layer = 0; layer < static_cast<int>(shape_.attention.size()); layer++) {
+    if (!shape_.attention[static_cast<size_t>(layer)]) continue;
+    for (const Tensor& c : {k_cache(layer), v_cache(layer)})
+      for (int64_t head = 0; head < shape_.kv_heads; head++)
+        fill(c.slice(head, 1).data, position * shape_.head_dim, half ? static_cast<const void*>(b.data()) : f.data(), half ? 2 : 4);
+  }
+  for (float& v : f) v *= 0.1f;
+  fill(recurrent_.data(), static_cast<int64_t>(recurrent_.bytes() / 4), f.data(), 4);
 }
 
 void HybridState::forget_after(int position) {

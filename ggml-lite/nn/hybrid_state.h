@@ -29,7 +29,9 @@ struct StateShape {
 
 class HybridState {
  public:
-  // checkpoint_bytes bounds the memory of checkpoints; at least three are kept.
+  // checkpoint_bytes bounds the memory of checkpoints; at least three are kept. On a device with memory of its own they are
+  // allocated here, so that nothing can run out later.
+  static uint64_t checkpoints_kept(const StateShape& shape, uint64_t checkpoint_bytes);
   HybridState(Device& device, const StateShape& shape, uint64_t checkpoint_bytes);
 
   Tensor conv_ring(int layer) const;  // (slots, CH)
@@ -39,6 +41,8 @@ class HybridState {
   float* tail() const;                // device memory, shape().tail floats
 
   void reset();                       // position 0
+  // For benchmarks: random values everywhere, as if `position` tokens had been seen; no checkpoints.
+  void randomise(int position, uint64_t seed);
   // Copies the recurrent part, which is that of `position` now. A passing checkpoint replaces the passing one before it.
   void checkpoint(int position, bool passing = false);
   // Restores the newest checkpoint at or before `position` (the start if there is none), forgets those behind it; returns where.

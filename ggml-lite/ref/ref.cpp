@@ -60,7 +60,7 @@ Vec swiglu(const Tensor& w, const Vec& x, Act act) {
   return out;
 }
 
-float load(const Tensor& t, int64_t row, int64_t col) {
+float value_at(const Tensor& t, int64_t row, int64_t col) {
   return t.dtype == DType::F32 ? t.f32(row)[col] : bf16_to_float(t.bf16(row)[col]);
 }
 
@@ -88,7 +88,7 @@ class RefDevice final : public Device {
     for (int64_t t = 0; t < a.h.rows(); t++) {
       const int32_t id = a.ids.i32()[t];
       QN_CHECK(id >= 0 && id < a.table.rows(), "embed: id %d of %lld", id, static_cast<long long>(a.table.rows()));
-      for (int64_t d = 0; d < a.h.cols(); d++) a.h.f32(t)[d] = load(a.table, id, d);
+      for (int64_t d = 0; d < a.h.cols(); d++) a.h.f32(t)[d] = value_at(a.table, id, d);
     }
   }
 
@@ -111,7 +111,7 @@ class RefDevice final : public Device {
       for (int64_t c = 0; c < ch; c++) {  // tap j meets position pos - 3 + j; before the sequence the input is 0
         float s = 0;
         for (int64_t j = 0; j < 4; j++)
-          if (pos - 3 + j >= 0) s += load(a.conv, c, j) * a.conv_ring.f32((pos - 3 + j) & (slots - 1))[c];
+          if (pos - 3 + j >= 0) s += value_at(a.conv, c, j) * a.conv_ring.f32((pos - 3 + j) & (slots - 1))[c];
         y[c] = silu(s);
       }
       for (int64_t g = 0; g < 2 * gk; g++) {  // q heads, then k heads

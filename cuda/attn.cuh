@@ -1,0 +1,148 @@
+// What the attention kernels share (attn.cu, attn_prefill.cu): their parameters, the norm and rotation of one head of one token,
+// and tiles of keys in shared memory.
+#pragma once
+#include "cuda/common.cuh"
+
+namespace qn::cuda {
+
+struct Attn {
+  const float* qgkv;              // (T, 2*H*DH + 2*HK*DH): query | gate | k | v, rows `ld` apart
+  int64_t ld;
+  const float *q_norm, *k_norm;   // (DH) w1
+  const float* inv_freq;          // (half): radians per position
+  void *k_cache, *v_cache;        // (HK, C, DH), heads `k_stride` and `v_stride` values apart
+  int64_t k_stride, v_stride;
+  float* o;                       // (T, H*DH)
+  const StepParams* step;
+  float eps, rope_scale, q_scale;  // q_scale: what scores are multiplied by
+  int tokens, heads, kv_heads, width, half, context;
+
+  // Position of token 0. The clamp keeps a broken contract inside the cache.
+  __device__ int start() const { return min(step->pos, context - tokens); }
+  __device__ const float* query(int t, int h) const { return qgkv + t * ld + static_cast<int64_t>(h) * width; }
+  __device__ const float* key(int t, int g) const { return query(t, 2 * heads + g); }
+  __device__ const float* value(int t, int g) const { return query(t, 2 * heads + kv_heads + g); }
+};
+
+inline Attn make_attn(const AttentionArgs& a) {
+  QN_CHECK(a.qgkv.rows() <= a.k_cache.shape[1], "attention: %lld tokens, cache %lld", static_cast<long long>(a.qgkv.rows()),
+           static_cast<long long>(a.k_cache.shape[1]));
+  Attn p;
+  p.qgkv = a.qgkv.f32(), p.ld = a.qgkv.row_stride, p.q_norm = a.q_norm.f32(), p.k_norm = a.k_norm.f32(), p.inv_freq = a.inv_freq.f32();
+  p.k_cache = a.k_cache.data, p.v_cache = a.v_cache.data, p.k_stride = a.k_cache.row_stride, p.v_stride = a.v_cache.row_stride;
+  p.o = a.o.f32(), p.step = a.step, p.eps = a.eps, p.rope_scale = a.rope_scale;
+  p.width = static_cast<int>(a.q_norm.rows()), p.half = static_cast<int>(a.inv_freq.rows());
+  p.q_scale = 1.f / sqrtf(static_cast<float>(p.width));
+  p.tokens = static_cast<int>(a.qgkv.rows()), p.heads = a.heads, p.kv_heads = a.kv_heads, p.context = static_cast<int>(a.k_cache.shape[1]);
+  return p;
+}
+
+// The fast kernels: BF16 cache, heads of 256, up to 16 query heads for a key head. They compute powers of two, so q_scale has
+// log2(e) in it.
+constexpr int kWidth = 256;
+constexpr int kRowBytes = 2 * kWidth;  // of a row in BF16
+constexpr int kGroupMax = 16;
+constexpr float kLog2e = 1.4426950408889634f;
+inline bool attention_is_fast(const AttentionArgs& a) {
+  const auto aligned = [](const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; };
+  return a.k_cache.dtype == DType::BF16 && a.q_norm.rows() == kWidth && a.heads / a.kv_heads <= kGroupMax && aligned(a.k_cache.data) &&
+         aligned(a.v_cache.data) && aligned(a.o.data);
+}
+
+// ---- attn.cu: any format, width and number of tokens
+void attention_append(const Context&, const Attn&, DType cache);  // norm and rotation of k; k and v to the cache
+void attention_exact(const Context&, const Attn&, DType cache);   // attention_append(), then fp32 products, unhurried
+
+// ---- one head of one token, by one warp -------------------------------------------------------------------------------
+
+// cos and sin of pos * freq, times scale. The product reaches 10^7 radians: it is reduced to a part of a turn in double.
+__device__ __forceinline__ float2 rotation(int pos, float freq, float scale) {
+  const double turns = __dmul_rn(__dmul_rn(pos, freq), 0.15915494309189534561);
+  float s, c;
+  sincospif(2.f * static_cast<float>(turns - rint(turns)), &s, &c);
+  return make_float2(c * scale, s * scale);
+}
+
+// row (shared, DH, of this warp) = x / rms(x) * w1, then dims (i, i + half) rotated. Width 0: a.width.
+template <int Width>
+__device__ __forceinline__ void norm_rotate(const Attn& a, const float* x, const float* w1, int pos, float* row) {
+  const int lane = static_cast<int>(threadIdx.x & 31), width = Width ? Width : a.width;
+  constexpr int kEach = Width / 32 ? Width / 32 : 1, kTurns = (kEach + 1) / 2;
+  float v[kEach], w[kEach], sum = 0;
+  float2 turn[kTurns];
+  if constexpr (Width != 0) {  // all loads at once
+#pragma unroll
+    for (int i = 0; i < kEach; i++) v[i] = x[32 * i + lane], w[i] = w1[32 * i + lane];
+#pragma unroll
+    for (int i = 0; i < kTurns; i++)
+      if (32 * i + lane < a.half) turn[i] = rotation(pos, a.inv_freq[32 * i + lane], a.rope_scale);
+#pragma unroll
+    for (int i = 0; i < kEach; i++) sum = fmaf(v[i], v[i], sum);
+  } else {
+    for (int i = lane; i < width; i += 32) sum = fmaf(x[i], x[i], sum);
+  }
+  const float r = 1.f / sqrtf(warp_sum(sum) / static_cast<float>(width) + a.eps);
+  if constexpr (Width != 0) {
+#pragma unroll
+    for (int i = 0; i < kEach; i++) row[32 * i + lane] = v[i] * r * w[i];
+  } else {
+    for (int i = lane; i < width; i += 32) row[i] = x[i] * r * w1[i];
+  }
+  __syncwarp();
+  const auto rotate = [&](int i, float2 cs) {
+    const float lo = row[i], hi = row[i + a.half];
+    row[i] = fmaf(-hi, cs.y, lo * cs.x);  // contracted by hand: all kernels get the same bits
+    row[i + a.half] = fmaf(lo, cs.y, hi * cs.x);
+  };
+  if constexpr (Width != 0) {
+#pragma unroll
+    for (int i = 0; i < kTurns; i++)
+      if (32 * i + lane < a.half) rotate(32 * i + lane, turn[i]);
+  } else {
+    for (int i = lane; i < a.half; i += 32) rotate(i, rotation(pos, a.inv_freq[i], a.rope_scale));
+  }
+  __syncwarp();
+}
+
+// x = hi + lo, both BF16, to 16 bits of mantissa; two values packed
+__device__ __forceinline__ void split_bf16(float x0, float x1, uint32_t& hi, uint32_t& lo) {
+  hi = pack_bf16(x0, x1);
+  lo = pack_bf16(x0 - bf16_lo(hi), x1 - bf16_hi(hi));
+}
+
+// ---- rows of 256 BF16 in shared memory --------------------------------------------------------------------------------
+
+// Byte offset of the 16-byte chunk c (0..31) of a row. The exclusive or puts the same chunk of 8 successive rows into 8 different
+// banks of 16 bytes, as ldmatrix wants them.
+__device__ __forceinline__ int row_chunk(int row, int c) { return row * kRowBytes + ((c ^ (row & 7)) << 4); }
+
+// at = row_chunk(row, c), c 0 or 1 -> row_chunk(row, c + 2 j). Four different exclusive ors for all j, the rest is a constant.
+__device__ __forceinline__ int step_chunk(int at, int j) { return (at ^ (32 * j & 127)) + (32 * j & ~127); }
+
+// threadIdx.x, read anew: what is made of it does not occupy registers across the loop over the tiles.
+__device__ __forceinline__ int thread_anew() {
+  int x;
+  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(x));
+  return x;
+}
+
+// 16 bytes asynchronously, or zeros
+__device__ __forceinline__ void copy_async16_if(bool real, void* shared, const void* global) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(static_cast<uint32_t>(__cvta_generic_to_shared(shared))), "l"(global),
+               "r"(real ? 16 : 0)
+               : "memory");
+}
+
+// Positions [first, first + Rows) of one head's keys or values, zeros from position `end` on (nothing there is read: it may lie
+// behind the cache).
+template <int Rows, int Threads>
+__device__ __forceinline__ void load_rows(uint8_t* shared, const uint16_t* cache, int first, int end) {
+  constexpr int kStep = Threads / 32;
+  const int thread = thread_anew(), c = thread & 31, row = thread >> 5, rest = end - first - row;
+  const uint16_t* from = cache + static_cast<int64_t>(first + row) * kWidth + c * 8;
+#pragma unroll
+  for (int i = 0; i < Rows / kStep; i++)
+    copy_async16_if(i * kStep < rest, shared + row_chunk(row + i * kStep, c), from + i * kStep * kWidth);
+}
+
+}  // namespace qn::cuda

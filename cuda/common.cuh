@@ -1,0 +1,146 @@
+// What every kernel file uses: launching with checked errors, programmatic dependent launch, loads, reductions, the tensor-core
+// instruction.
+//
+// Programmatic dependent launch (sm_90 and later). Consecutive kernels of a stream overlap: a kernel may start when every block
+// of the one before has called let_next_start(), and must call wait_for_previous() before it touches anything that is not a
+// weight. After that wait the kernel before is complete and its writes are visible; as that one waited too, so is everything
+// earlier. Hence two rules: EVERY kernel of this folder calls wait_for_previous() in every thread, also where it has little to
+// read, and before it only weights may be loaded (nothing stored). let_next_start() comes as soon as a
+// kernel's own loads from DRAM are on their way: earlier, and what the next one prefetches delays them (measured: 3 % of a token).
+// Where the architecture lacks it both are nothing, and kernels start when the one before has ended.
+#pragma once
+#include <cuda_bf16.h>
+#include <cuda_runtime.h>
+
+#include <cstdint>
+#include <utility>
+
+#include "cuda/kernels.h"
+#include "ggml-lite/base/check.h"
+
+namespace qn::cuda {
+
+// Throws Error "cuda: <what>: <name of the error> (<its text>)".
+inline void check(cudaError_t e, const char* what) {
+  if (e != cudaSuccess) fail("cuda: %s: %s (%s)", what, cudaGetErrorName(e), cudaGetErrorString(e));
+}
+
+// Launches `kernel` on the context's stream, after the kernels before it (overlapping where the context says so).
+template <class... Params, class... Args>
+void launch(const Context& c, const char* what, void (*kernel)(Params...), dim3 grid, dim3 block, size_t shared_bytes, Args&&... args) {
+  // Blocks of two kernels can share a multiprocessor only where both want its memory divided the same way.
+  check(cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared), what);
+  if (shared_bytes > 48 * 1024)
+    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes)), what);
+  cudaLaunchAttribute overlap{};
+  overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  overlap.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = grid, config.blockDim = block, config.dynamicSmemBytes = shared_bytes, config.stream = c.stream;
+  config.attrs = &overlap, config.numAttrs = c.overlap ? 1 : 0;
+  check(cudaLaunchKernelEx(&config, kernel, static_cast<Params>(std::forward<Args>(args))...), what);
+}
+
+__device__ __forceinline__ void let_next_start() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;");
+#endif
+}
+__device__ __forceinline__ void wait_for_previous() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
+// ---- loads ------------------------------------------------------------------------------------------------------------
+
+// 16 bytes of a weight: read once per pass over the model, so it should not push anything out of L1 or L2. volatile keeps it
+// where it is written: before wait_for_previous().
+__device__ __forceinline__ uint4 load_weights(const void* p) {
+  uint4 v;
+  asm volatile("ld.global.nc.L1::no_allocate.L2::evict_first.v4.u32 {%0,%1,%2,%3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(p));
+  return v;
+}
+
+__device__ __forceinline__ void copy_async16(void* shared, const void* global) {  // 16 bytes, both aligned to 16
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(static_cast<uint32_t>(__cvta_generic_to_shared(shared))), "l"(global) : "memory");
+}
+// The same, or 16 zero bytes; `global` need not be readable then.
+__device__ __forceinline__ void copy_async16_or_zero(void* shared, const void* global, bool there) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(static_cast<uint32_t>(__cvta_generic_to_shared(shared))), "l"(global), "r"(there ? 16 : 0)
+               : "memory");
+}
+__device__ __forceinline__ void copy_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+template <int Pending>
+__device__ __forceinline__ void copy_async_wait() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(Pending) : "memory");
+}
+
+// The same for weights; bytes 16, or 0: nothing is read and zeros are stored. What has been waited for may be read by the lane that
+// copied it, and after __syncwarp() by the others of its warp.
+__device__ __forceinline__ void copy_weights_async16(void* shared, const void* global, int bytes) {
+  asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(static_cast<uint32_t>(__cvta_generic_to_shared(shared))), "l"(global), "r"(bytes)
+               : "memory");
+}
+__device__ __forceinline__ void prefetch_l2(const void* p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(p)); }
+
+// ---- numbers ----------------------------------------------------------------------------------------------------------
+
+// With the hardware's exponential and reciprocal: within 1e-6 of the exact value, at a fifth of the instructions. They gate thousands of
+// values in the prologue of kernels that take microseconds.
+__device__ __forceinline__ float sigmoid(float x) { return __fdividef(1.f, 1.f + __expf(-x)); }
+__device__ __forceinline__ float silu(float x) { return x * sigmoid(x); }
+
+__device__ __forceinline__ uint32_t pack_bf16(float lo, float hi) {  // round to nearest even; lo in the low half
+  const __nv_bfloat162 p = __floats2bfloat162_rn(lo, hi);
+  return *reinterpret_cast<const uint32_t*>(&p);
+}
+__device__ __forceinline__ float bf16_lo(uint32_t pair) { return __uint_as_float(pair << 16); }
+__device__ __forceinline__ float bf16_hi(uint32_t pair) { return __uint_as_float(pair & 0xffff0000u); }
+
+__device__ __forceinline__ float warp_sum(float v) {  // in every lane, the same bits
+#pragma unroll
+  for (int i = 16; i > 0; i >>= 1) v += __shfl_xor_sync(0xffffffffu, v, i);
+  return v;
+}
+__device__ __forceinline__ float warp_max(float v) {
+#pragma unroll
+  for (int i = 16; i > 0; i >>= 1) v = fmaxf(v, __shfl_xor_sync(0xffffffffu, v, i));
+  return v;
+}
+// Sum over the block in every thread, in a fixed order. `shared` has room for a float per warp; it may be used again after
+// the next __syncthreads().
+__device__ __forceinline__ float block_sum(float v, float* shared) {
+  v = warp_sum(v);
+  if ((threadIdx.x & 31) == 0) shared[threadIdx.x >> 5] = v;
+  __syncthreads();
+  const int warps = static_cast<int>(blockDim.x + 31) / 32;
+  return warp_sum(static_cast<int>(threadIdx.x & 31) < warps ? shared[threadIdx.x & 31] : 0.f);
+}
+
+// ---- tensor cores -----------------------------------------------------------------------------------------------------
+
+// D (16 x 8, fp32) += A (16 x 16, bf16) B (16 x 8, bf16).  Lane 4g + t (g 0..7, t 0..3) holds, with pairs packed low half first:
+//   a[0] A[g][2t,2t+1]   a[1] A[g+8][2t,2t+1]   a[2] A[g][2t+8,2t+9]   a[3] A[g+8][2t+8,2t+9]
+//   b[0] B[2t,2t+1][g]   b[1] B[2t+8,2t+9][g]
+//   d[0] D[g][2t]  d[1] D[g][2t+1]  d[2] D[g+8][2t]  d[3] D[g+8][2t+1]
+// Any permutation of k applied to A and B alike leaves D as it is: cuda/unpack.cuh uses that.
+__device__ __forceinline__ void mma_16816(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+               : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+// Four 8 x 8 matrices of 16-bit values from shared memory; lanes 8i..8i+7 give the addresses of the rows (16 bytes) of matrix i,
+// and lane l receives from each matrix the pair at row l/4, columns 2(l%4) and 2(l%4)+1.
+__device__ __forceinline__ void load_matrix_x4(uint32_t (&r)[4], const void* row) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
+               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+               : "r"(static_cast<uint32_t>(__cvta_generic_to_shared(row))));
+}
+__device__ __forceinline__ void load_matrix_x4_transposed(uint32_t (&r)[4], const void* row) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
+               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+               : "r"(static_cast<uint32_t>(__cvta_generic_to_shared(row))));
+}
+
+}  // namespace qn::cuda

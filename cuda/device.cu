@@ -1,0 +1,324 @@
+// The CUDA device: memory, the stream, recordings, and which launcher serves an operation. No kernel of the model is here.
+//
+// Everything runs on one stream. A recording is a CUDA graph: the first call of recorded() runs its body as it is (which also loads
+// the kernels), the second captures it, later ones replay. What changes between replays lies in device memory.
+#include <cublas_v2.h>
+
+#include <algorithm>
+#include <cstring>
+#include <map>
+#include <vector>
+
+#include "cuda/common.cuh"
+#include "cuda/cuda.h"
+#include "cuda/kernels.h"
+
+namespace qn {
+namespace cuda {
+
+void Scratch::check(size_t used) const { QN_CHECK(used <= end_, "cuda: scratch: planned %zu bytes, need %zu", end_, used); }
+
+// Sums 16-byte words; reads only. 4 loads in flight per thread.
+__global__ void read_k(const uint4* p, size_t n, uint32_t* out) {
+  uint32_t s = 0;
+  const size_t step = static_cast<size_t>(gridDim.x) * blockDim.x;
+  size_t i = blockIdx.x * static_cast<size_t>(blockDim.x) + threadIdx.x;
+  wait_for_previous();
+  for (; i + 3 * step < n; i += 4 * step) {
+    const uint4 a = __ldcs(p + i), b = __ldcs(p + i + step), c = __ldcs(p + i + 2 * step), d = __ldcs(p + i + 3 * step);
+    s += (a.x ^ a.y) + (b.z ^ b.w) + (c.x ^ c.w) + (d.y ^ d.z);
+  }
+  if (s == 0x12345678) *out = s;  // never, but the compiler does not know
+}
+
+namespace {
+
+constexpr size_t kBlasBytes = 32 << 20;    // what cuBLAS asks for on Hopper
+constexpr size_t kStaging = 1 << 20;       // pinned bytes through which small uploads go without waiting
+constexpr size_t kUpload = 64 << 10;       // "small"
+
+void check_blas(cublasStatus_t s, const char* what) {
+  if (s != CUBLAS_STATUS_SUCCESS) fail("cuda: %s: %s", what, cublasGetStatusString(s));
+}
+
+class CudaDevice final : public Device {
+ public:
+  CudaDevice(int index, bool graphs) : index_(index), graphs_(graphs) {
+    cuda::check(cudaSetDevice(index), "cudaSetDevice");
+    cudaDeviceProp p{};
+    cuda::check(cudaGetDeviceProperties(&p, index), "cudaGetDeviceProperties");
+    if (p.major < 8) fail("--device cuda:%d: %s has compute capability %d.%d, expected 8.0 or later; use --device cpu", index, p.name, p.major, p.minor);
+    name_ = format("cuda:%d (%s)", index, p.name);
+    context_.sms = p.multiProcessorCount;
+    context_.overlap = p.major >= 9;
+    context_.shared_max = p.sharedMemPerBlockOptin;
+    cuda::check(cudaStreamCreateWithFlags(&context_.stream, cudaStreamNonBlocking), "cudaStreamCreate");
+    check_blas(cublasCreate(&context_.blas), "cublasCreate");
+    check_blas(cublasSetStream(context_.blas, context_.stream), "cublasSetStream");
+    cuda::check(cudaHostAlloc(&staging_, kStaging, cudaHostAllocDefault), "cudaHostAlloc");
+    size_t total = 0;
+    cuda::check(cudaMemGetInfo(&free_at_start_, &total), "cudaMemGetInfo");
+    fixed_ = static_cast<uint8_t*>(do_alloc(kBlasBytes + kCounters * 4, "cuBLAS workspace"));
+    context_.counters = reinterpret_cast<uint32_t*>(fixed_ + kBlasBytes);
+    check_blas(cublasSetWorkspace(context_.blas, fixed_, kBlasBytes), "cublasSetWorkspace");
+    check_blas(cublasSetMathMode(context_.blas, CUBLAS_PEDANTIC_MATH), "cublasSetMathMode");
+  }
+  ~CudaDevice() override {
+    cudaStreamSynchronize(context_.stream);
+    for (auto& [key, r] : recordings_)
+      if (r.graph) cudaGraphExecDestroy(r.graph);
+    for (void* p : {static_cast<void*>(context_.scratch), static_cast<void*>(weights_), static_cast<void*>(fixed_)}) cudaFree(p);
+    for (Mail* m : mail_) cudaFreeHost(m);
+    cudaFreeHost(staging_);
+    cublasDestroy(context_.blas);
+    cudaStreamDestroy(context_.stream);
+  }
+  std::string name() const override { return name_; }
+
+  // ---- memory
+  uint64_t memory() const override {
+    size_t free = 0, total = 0;
+    cuda::check(cudaMemGetInfo(&free, &total), "cudaMemGetInfo");
+    return total;
+  }
+  uint64_t memory_free() const override {
+    size_t free = 0, total = 0;
+    cuda::check(cudaMemGetInfo(&free, &total), "cudaMemGetInfo");
+    return free;
+  }
+  uint64_t memory_used() const override { return free_at_start_ - std::min<uint64_t>(free_at_start_, memory_free()); }
+  void* do_alloc(size_t bytes, const char* what) override {
+    void* p = nullptr;
+    const cudaError_t e = cudaMalloc(&p, std::max<size_t>(bytes, 1));
+    if (e == cudaErrorMemoryAllocation) {
+      cudaGetLastError();
+      fail("%s: no room for %s: %zu MiB wanted, %llu MiB free", name_.c_str(), what, bytes >> 20, static_cast<unsigned long long>(memory_free() >> 20));
+    }
+    cuda::check(e, what);
+    cuda::check(cudaMemsetAsync(p, 0, std::max<size_t>(bytes, 1), context_.stream), what);
+    return p;
+  }
+  void do_free(void* p, size_t) override {
+    cudaStreamSynchronize(context_.stream);
+    cudaFree(p);
+  }
+  void reserve_weights(uint64_t bytes) override {
+    QN_CHECK(!weights_, "cuda: weights are reserved already");
+    weights_ = static_cast<uint8_t*>(do_alloc(bytes, "weights"));
+    weight_bytes_ = bytes;
+  }
+  const void* place(const void*, size_t bytes) override {
+    const uint64_t at = placed_;
+    placed_ += (bytes + kPlaceAlign - 1) / kPlaceAlign * kPlaceAlign;
+    QN_CHECK(placed_ <= weight_bytes_, "cuda: %llu bytes of weights were reserved, %llu are placed", static_cast<unsigned long long>(weight_bytes_),
+             static_cast<unsigned long long>(placed_));
+    return weights_ + at;
+  }
+  LoadReport load(const File& file, std::span<const LoadPiece> pieces, int threads, bool check, const std::function<void(size_t)>& damaged,
+                  const std::function<void(uint64_t, uint64_t)>& progress) override {
+    sync();
+    return cuda::load(file, pieces, threads, check, damaged, progress);
+  }
+  void upload(void* to, const void* from, size_t n) override {
+    if (n > kUpload) {  // from pageable memory: has read it when it returns
+      cuda::check(cudaMemcpyAsync(to, from, n, cudaMemcpyHostToDevice, context_.stream), "upload");
+      return;
+    }
+    if (staged_ + n > kStaging) sync(), staged_ = 0;  // the copies that read the ring have ended
+    std::memcpy(staging_ + staged_, from, n);
+    cuda::check(cudaMemcpyAsync(to, staging_ + staged_, n, cudaMemcpyHostToDevice, context_.stream), "upload");
+    staged_ += (n + 63) / 64 * 64;
+  }
+  void download(void* to, const void* from, size_t n) override {
+    cuda::check(cudaMemcpyAsync(to, from, n, cudaMemcpyDeviceToHost, context_.stream), "download");
+    sync();
+  }
+  void copy(void* to, const void* from, size_t n) override {
+    cuda::check(cudaMemcpyAsync(to, from, n, cudaMemcpyDeviceToDevice, context_.stream), "copy");
+  }
+  void zero(void* to, size_t n) override { cuda::check(cudaMemsetAsync(to, 0, n, context_.stream), "zero"); }
+  void sync() override { cuda::check(cudaStreamSynchronize(context_.stream), "waiting for the device (--no-graph names the operation)"); }
+  bool idle() override {
+    const cudaError_t e = cudaStreamQuery(context_.stream);
+    if (e == cudaErrorNotReady) return false;
+    cuda::check(e, "the device failed (--no-graph names the operation)");
+    return true;
+  }
+  Mail* alloc_mail() override {
+    Mail* m = nullptr;
+    cuda::check(cudaHostAlloc(&m, sizeof(Mail), cudaHostAllocMapped), "cudaHostAlloc");
+    std::memset(m, 0, sizeof *m);
+    mail_.push_back(m);
+    return m;
+  }
+  bool samples() const override { return true; }
+
+  // ---- scratch
+  uint64_t scratch_bytes(const OpLimits& l) const override {
+    size_t most = std::max({matvec_scratch(l), matmul_scratch(l), moe_scratch(l), moe_prefill_scratch(l), delta_net_scratch(l), attention_scratch(l)});
+    most = std::max(most, sample_scratch(std::max<int64_t>(l.vocab, 1)));
+    return (most + 255) / 256 * 256;
+  }
+  void reserve(const OpLimits& l) override {
+    const size_t bytes = scratch_bytes(l);
+    if (bytes <= context_.scratch_bytes) return;
+    sync();
+    recordings_forget(nullptr);  // they hold the old address
+    if (context_.scratch) cuda::check(cudaFree(context_.scratch), "cudaFree");
+    context_.scratch = nullptr, context_.scratch_bytes = 0;
+    context_.scratch = static_cast<uint8_t*>(do_alloc(bytes, "scratch of the operations"));
+    context_.scratch_bytes = bytes;
+  }
+
+  // ---- recordings
+  void recorded(const void* owner, uint64_t key, const std::function<void()>& body) override {
+    Recording* r = graphs_ ? &recordings_[{owner, key}] : nullptr;
+    if (!r || !r->warm) {
+      body();
+      if (r) r->warm = true;
+      return;
+    }
+    if (!r->graph) {
+      cudaGraph_t graph = nullptr;
+      cuda::check(cudaStreamBeginCapture(context_.stream, cudaStreamCaptureModeThreadLocal), "cudaStreamBeginCapture");
+      try {
+        body();
+      } catch (...) {
+        cudaStreamEndCapture(context_.stream, &graph);
+        if (graph) cudaGraphDestroy(graph);
+        throw;
+      }
+      cuda::check(cudaStreamEndCapture(context_.stream, &graph), "cudaStreamEndCapture");
+      const cudaError_t e = cudaGraphInstantiate(&r->graph, graph, 0);
+      cudaGraphDestroy(graph);
+      cuda::check(e, "cudaGraphInstantiate");
+    }
+    cuda::check(cudaGraphLaunch(r->graph, context_.stream), "cudaGraphLaunch");
+  }
+  void forget(const void* owner) override {
+    cudaStreamSynchronize(context_.stream);  // called by destructors: a failure shows where results are wanted
+    recordings_forget(owner);
+  }
+
+  double read_bandwidth() override {
+    // Weights, when there are enough of them: they are what a token reads. Else memory of its own, larger than any cache.
+    Buffer own;
+    const uint8_t* p = weights_;
+    size_t bytes = std::min<size_t>(weight_bytes_, size_t{16} << 30);
+    if (bytes < size_t{2} << 30) {
+      bytes = std::min<size_t>(size_t{4} << 30, memory_free() / 2);
+      own = alloc(bytes, "measuring bandwidth");
+      p = static_cast<const uint8_t*>(own.data());
+    }
+    cudaEvent_t a, b;
+    cuda::check(cudaEventCreate(&a), "cudaEventCreate");
+    cuda::check(cudaEventCreate(&b), "cudaEventCreate");
+    double best = 0;
+    for (int blocks : {1, 2, 8, 8, 8}) {
+      cuda::check(cudaEventRecord(a, context_.stream), "cudaEventRecord");
+      launch(context_, "read", read_k, dim3(static_cast<unsigned>(context_.sms * blocks)), dim3(1024), 0, reinterpret_cast<const uint4*>(p), bytes / 16, context_.counters);
+      cuda::check(cudaEventRecord(b, context_.stream), "cudaEventRecord");
+      cuda::check(cudaEventSynchronize(b), "cudaEventSynchronize");
+      float ms = 0;
+      cuda::check(cudaEventElapsedTime(&ms, a, b), "cudaEventElapsedTime");
+      best = std::max(best, static_cast<double>(bytes) / (ms * 1e-3));
+    }
+    cudaEventDestroy(a), cudaEventDestroy(b);
+    return best;
+  }
+
+ private:
+  struct Recording {
+    bool warm = false;
+    cudaGraphExec_t graph = nullptr;
+  };
+  void recordings_forget(const void* owner) {  // null: all
+    std::erase_if(recordings_, [owner](auto& r) {
+      if (owner && r.first.first != owner) return false;
+      if (r.second.graph) cudaGraphExecDestroy(r.second.graph);
+      return true;
+    });
+  }
+  // Without recordings every operation is waited for, so that a failure names it.
+  void done(const char* op) {
+    if (!graphs_) cuda::check(cudaStreamSynchronize(context_.stream), op);
+  }
+  static bool few(int64_t t) { return t <= kFewTokens; }
+
+  void do_embed(const EmbedArgs& a) override { cuda::embed(context_, a), done("embed"); }
+  void do_norm_matmul(const NormMatmulArgs& a) override {
+    few(a.h.rows()) ? matvec_norm(context_, a) : matmul_norm(context_, a);
+    done("norm_matmul");
+  }
+  void do_delta_net(const DeltaNetArgs& a) override { cuda::delta_net(context_, a), done("delta_net"); }
+  void do_gated_norm_matmul(const GatedNormMatmulArgs& a) override {
+    few(a.o.rows()) ? matvec_gated_norm(context_, a) : matmul_gated_norm(context_, a);
+    done("gated_norm_matmul");
+  }
+  void do_attention(const AttentionArgs& a) override {
+    few(a.qgkv.rows()) ? attention_few(context_, a) : attention_many(context_, a);
+    done("attention");
+  }
+  void do_gate_matmul(const GateMatmulArgs& a) override {
+    few(a.o.rows()) ? matvec_gate(context_, a) : matmul_gate(context_, a);
+    done("gate_matmul");
+  }
+  void do_moe_router(const MoeRouterArgs& a) override {
+    few(a.h.rows()) ? matvec_router(context_, a) : matmul_router(context_, a);
+    done("moe_router");
+  }
+  static bool prefill(Act act, const Experts& e) { return act == Act::BF16 && e.dtype != DType::F32; }
+  void do_moe_gate_up(const MoeGateUpArgs& a) override {
+    if (few(a.x.rows())) moe_few_gate_up(context_, a);
+    else if (prefill(a.act, a.experts)) moe_prefill_gate_up(context_, a);
+    else moe_exact_gate_up(context_, a);
+    done("moe_gate_up");
+  }
+  void do_moe_down(const MoeDownArgs& a) override {
+    if (few(a.h.rows())) moe_few_down(context_, a);
+    else if (prefill(a.act, a.experts)) moe_prefill_down(context_, a);
+    else moe_exact_down(context_, a);
+    done("moe_down");
+  }
+  void do_concat_matmul(const ConcatMatmulArgs& a) override {
+    few(a.a.rows()) ? matvec_concat(context_, a) : matmul_concat(context_, a);
+    done("concat_matmul");
+  }
+  void do_sample(const SampleArgs& a) override { cuda::sample(context_, a), done("sample"); }
+
+  const int index_;
+  const bool graphs_;
+  std::string name_;
+  Context context_;
+  uint8_t *fixed_ = nullptr, *weights_ = nullptr, *staging_ = nullptr;
+  uint64_t weight_bytes_ = 0, placed_ = 0;
+  size_t staged_ = 0, free_at_start_ = 0;
+  std::vector<Mail*> mail_;
+  std::map<std::pair<const void*, uint64_t>, Recording> recordings_;
+};
+
+}  // namespace
+}  // namespace cuda
+
+std::vector<CudaDeviceInfo> list_cuda_devices() {
+  int n = 0;
+  if (cudaGetDeviceCount(&n) != cudaSuccess) {  // no driver, an old one, no device
+    cudaGetLastError();
+    return {};
+  }
+  std::vector<CudaDeviceInfo> out;
+  for (int i = 0; i < n; i++) {
+    cudaDeviceProp p{};
+    if (cudaGetDeviceProperties(&p, i) == cudaSuccess) out.push_back({i, p.name, p.totalGlobalMem, p.major * 10 + p.minor});
+  }
+  return out;
+}
+
+std::unique_ptr<Device> make_cuda_device(int index, bool graphs) {
+  const size_t n = list_cuda_devices().size();
+  if (!n) fail("--device cuda: no NVIDIA GPU with a driver that fits this build was found; use --device cpu");
+  if (index < 0 || static_cast<size_t>(index) >= n) fail("--device cuda:%d: there are %zu GPUs, numbered from 0", index, n);
+  return std::make_unique<cuda::CudaDevice>(index, graphs);
+}
+
+}  // namespace qn

@@ -1,0 +1,525 @@
+// Products of at most 8 tokens, weights BF16, INT8 or INT4, activations rounded to BF16 or INT8: bound by reading the weights.
+//
+// Tensor cores do the sums: the weights are operand A (a panel of 16 rows), the tokens are the 8 columns of operand B, so that 1 to 8
+// tokens cost the same. A block takes panels b, b + grid, ...; its 8 warps cut K into 8 slices, and 16 T threads add the 8 results.
+//
+//   W  | slice of warp 0 | slice of warp 1 | ...      a slice is a run of units, a unit what a warp computes at once:
+//      '--u--'--u--'--u--'                            BF16 64 k, INT8 and INT4 128 k, with the scales of its groups
+//
+// Every warp has a ring of units in shared memory, filled by asynchronous copies, always full: while a unit is computed the others are
+// on their way, across the borders of panels. A lane copies what it will need itself (but for the scales), in the order of the
+// fragments (cuda/unpack.cuh), so nothing of it waits for another warp. The ring is filled before wait_for_previous(): the weights
+// stream in while the kernel before ends and while the prologue computes the norm.
+//
+// Rows that must see unrounded activations (router, gates of heads) are extra tasks behind the panels: 8 rows, one for each warp,
+// through the same ring, fp32 products with fp32 activations.
+#include "cuda/matvec.cuh"
+#include "cuda/unpack.cuh"
+
+#include <algorithm>
+#include <bit>
+
+namespace qn::cuda {
+namespace {
+
+constexpr int kWarps = 8, kThreads = 32 * kWarps;
+constexpr int kRingLoads = 12;  // of 16 bytes per lane: 6 KB a warp, 48 KB a block; twice that when a block has a multiprocessor alone
+
+constexpr int unit_loads(DType w) { return w == DType::INT4 ? 2 : 4; }
+constexpr int unit_k(DType w) { return w == DType::BF16 ? 64 : 128; }
+constexpr int slot_bytes(DType w) { return unit_loads(w) * 512 + (is_t16(w) ? 128 : 0); }
+constexpr int ring_units(DType w, bool deep) { return kRingLoads / unit_loads(w) * (deep ? 2 : 1); }
+// Rows of x in shared memory: padded with zeros to whole groups of 128, and apart such that 16-byte loads of two tokens' fragments
+// (4 times 16 bytes in a row of BF16 and INT8, with gaps of 16 bytes in INT4) share no bank.
+constexpr int x_stride(DType w, int k) { return (k + 127) / 128 * 128 + (w == DType::INT4 ? 8 : 32); }
+
+struct Matvec {
+  Input in;
+  const uint8_t* w = nullptr;
+  int64_t stride = 0;      // bytes of a panel; of a BF16 row
+  int rows = 0, panels = 0, tasks = 0;
+  int step = 16, pair = 8; // BF16: the first row of panel p is p * step, its row 8 + g lies `pair` rows behind its row g
+  int shift = 0, tiles = 0, scale_bytes = 0;  // T16: a group is 1 << shift values; tiles and bytes of scales of a panel
+  Store store = Store::Set;
+  float* y = nullptr;
+  int64_t ldy = 0;
+  ExactRows exact[2];
+  float* normed = nullptr;
+  bool deep = false;
+  int x = 0, x_scale = 0, x_exact = 0, partial = 0, squares = 0, inverse = 0, bytes = 0;  // offsets in shared memory
+};
+
+// Where things lie in shared memory. The sizes grow with T; `bytes` is their end.
+void lay_out(Matvec& m, DType w, Act act, int tokens, bool deep) {
+  const int groups = (m.in.k + 127) / 128;
+  const bool exact = m.exact[0].w || m.exact[1].w;
+  int64_t at = 0;
+  auto take = [&](int64_t bytes) {
+    const int64_t begin = at;
+    at = round_up(at + bytes, 16);
+    return static_cast<int>(begin);
+  };
+  take(int64_t{kWarps} * ring_units(w, deep) * slot_bytes(w));
+  m.x = take(int64_t{tokens} * x_stride(w, m.in.k) * 2);
+  m.x_scale = take(act == Act::INT8 ? int64_t{tokens} * groups * 4 : 0);
+  m.x_exact = take(exact ? int64_t{tokens} * m.in.k * 4 : 0);
+  m.partial = take(int64_t{2} * kWarps * tokens * kPanelRows * 4);
+  m.squares = take(std::max<int64_t>(int64_t{tokens} * m.in.spans * m.in.pieces, 16) * 4);
+  m.inverse = take(int64_t{tokens} * m.in.spans * 4);
+  m.bytes = static_cast<int>(std::min<int64_t>(at, 1 << 30));
+  m.in.tokens = tokens, m.deep = deep;
+}
+
+struct ExactRow {
+  const uint8_t* w = nullptr;  // null: the warp has none
+  int item = 2;                // bytes of a weight
+  float* y = nullptr;
+  int64_t ldy = 0;
+  bool squash = false;
+};
+__device__ __forceinline__ ExactRow exact_row(const Matvec& m, int task, int warp) {
+  int64_t row = int64_t{task - m.panels} * kWarps + warp;
+#pragma unroll
+  for (int i = 0; i < 2; i++) {
+    const ExactRows& e = m.exact[i];
+    const int item = e.w.dtype == DType::F32 ? 4 : 2;
+    if (row < e.w.shape[0]) return {static_cast<const uint8_t*>(e.w.data) + row * e.w.row_stride * item, item, e.y + row, e.ldy, e.squash};
+    row -= e.w.shape[0];
+  }
+  return {};
+}
+
+// First unit of warp i's slice
+template <DType W>
+__device__ __forceinline__ int slice(int k, int i) {
+  return (k + unit_k(W) - 1) / unit_k(W) * i / kWarps;
+}
+
+// What a warp reads, in the order in which it computes it.
+template <DType W>
+class Ring {
+ public:
+  __device__ Ring(const Matvec& m, uint8_t* shared, int warp)
+      : m_(m), warp_(warp), units_(ring_units(W, m.deep)), slots_(shared + warp * units_ * slot_bytes(W)),
+        task_(static_cast<int>(blockIdx.x) - static_cast<int>(gridDim.x)) {
+#pragma unroll 1
+    for (int i = 0; i < units_; i++) copy();
+  }
+  // The oldest unit, once it has arrived
+  __device__ const uint8_t* front() {
+    if (m_.deep) copy_async_wait<ring_units(W, true) - 1>();
+    else copy_async_wait<ring_units(W, false) - 1>();
+    __syncwarp();
+    return slots_ + slot_ * slot_bytes(W);
+  }
+  // It has been used by all lanes: the next goes there
+  __device__ void pop() {
+    __syncwarp();
+    copy();
+  }
+
+ private:
+  static constexpr int kLoads = unit_loads(W);
+
+  __device__ void begin_task() {  // the next one in which this warp has units, if there is one
+    const int lane = static_cast<int>(threadIdx.x) % 32;
+    while (unit_ == end_ && (task_ += static_cast<int>(gridDim.x)) < m_.tasks) {
+      if (task_ >= m_.panels) {
+        const ExactRow row = exact_row(m_, task_, warp_);
+        size_ = m_.in.k * row.item;
+        lo_ = row.w + lane * 16;
+        unit_ = 0, end_ = row.w ? (size_ + kLoads * 512 - 1) / (kLoads * 512) : 0;
+      } else {
+        unit_ = slice<W>(m_.in.k, warp_), end_ = slice<W>(m_.in.k, warp_ + 1);
+        if constexpr (W == DType::BF16) {
+          const int row = task_ * m_.step + lane / 4;
+          lo_ = m_.w + std::min(row, m_.rows - 1) * m_.stride + lane % 4 * 16;
+          hi_ = m_.w + std::min(row + m_.pair, m_.rows - 1) * m_.stride + lane % 4 * 16;
+        } else {
+          hi_ = m_.w + task_ * m_.stride + lane * 16;
+          lo_ = hi_ + m_.scale_bytes;
+        }
+      }
+    }
+  }
+  __device__ void copy() {
+    if (unit_ == end_) begin_task();
+    if (unit_ < end_) {
+      const int lane = static_cast<int>(threadIdx.x) % 32, k = m_.in.k;
+      uint8_t* to = slots_ + slot_ * slot_bytes(W) + lane * 16;
+      if (task_ >= m_.panels) {
+#pragma unroll
+        for (int i = 0; i < kLoads; i++) {
+          const int at = (unit_ * kLoads + i) * 512;
+          copy_weights_async16(to + i * 512, lo_ + at, at + lane * 16 < size_ ? 16 : 0);
+        }
+      } else if constexpr (W == DType::BF16) {
+#pragma unroll
+        for (int i = 0; i < 2; i++) {  // 32 k of rows g and g + 8
+          const int at = unit_ * 64 + i * 32;
+          copy_weights_async16(to + 2 * i * 512, lo_ + at * 2, at < k ? 16 : 0);
+          copy_weights_async16(to + (2 * i + 1) * 512, hi_ + at * 2, at < k ? 16 : 0);
+        }
+      } else {
+        const int bytes = (128 >> m_.shift) * 32, at = unit_ * bytes;  // of scales
+#pragma unroll
+        for (int i = 0; i < kLoads; i++) {
+          const int tile = unit_ * kLoads + i;
+          copy_weights_async16(to + i * 512, lo_ + tile * 512, tile < m_.tiles ? 16 : 0);
+        }
+        if (lane * 16 < bytes)
+          copy_weights_async16(to + kLoads * 512, hi_ + at, at + lane * 16 < m_.scale_bytes ? 16 : 0);
+      }
+      unit_++;
+    }
+    copy_async_commit();  // also when there is nothing left: front() counts
+    if (++slot_ == units_) slot_ = 0;
+  }
+
+  const Matvec& m_;
+  const int warp_, units_;
+  uint8_t* const slots_;
+  int slot_ = 0;  // of the oldest unit, which is where the next one will go
+  int task_, unit_ = 0, end_ = 0;  // of the next copy
+  int size_ = 0;                   // bytes of an exact row
+  const uint8_t *lo_ = nullptr, *hi_ = nullptr;  // of the lane: rows g and g + 8; tiles and scales; an exact row
+};
+
+// total += sum * (scales of the two rows) * (scales of the two tokens)
+template <Act A>
+__device__ __forceinline__ void flush(float (&total)[4], float (&sum)[4], float lo, float hi, float2 x) {
+  const float s[4] = {lo * sum[0], lo * sum[1], hi * sum[2], hi * sum[3]};
+#pragma unroll
+  for (int i = 0; i < 4; i++) {
+    total[i] += A == Act::INT8 ? s[i] * (i % 2 ? x.y : x.x) : s[i];
+    sum[i] = 0;
+  }
+}
+
+// total += one unit. x: what the lane reads of its token g from the first k of the unit on, valid where `live`; x_scale: of the
+// unit's k for tokens 2t and 2t+1.
+template <DType W, Act A>
+__device__ __forceinline__ void multiply(float (&total)[4], const uint8_t* unit, const uint16_t* x, bool live, float2 x_scale, int shift) {
+  const int lane = static_cast<int>(threadIdx.x) % 32, g = lane / 4, t = lane % 4;
+  auto weights = [&](int i) { return *reinterpret_cast<const uint4*>(unit + i * 512 + lane * 16); };
+  auto tokens = [&](int at) { return live ? *reinterpret_cast<const uint4*>(x + at) : uint4{}; };
+  uint32_t a[4];
+  if constexpr (W == DType::BF16) {
+    float sum[4] = {};
+#pragma unroll
+    for (int i = 0; i < 2; i++) {
+      const uint4 lo = weights(2 * i), hi = weights(2 * i + 1), b = tokens(i * 32);
+      bf16_fragment<0>(lo, hi, a);
+      mma_16816(A == Act::INT8 ? sum : total, a, b.x, b.y);
+      bf16_fragment<1>(lo, hi, a);
+      mma_16816(A == Act::INT8 ? sum : total, a, b.z, b.w);
+    }
+    if (A == Act::INT8) flush<A>(total, sum, 1.f, 1.f, x_scale);
+  } else {
+    const uint16_t* scales = reinterpret_cast<const uint16_t*>(unit + unit_loads(W) * 512);  // (128 / group, 16)
+    float sum[4] = {};
+    // After the first `end` values of the unit: is a group complete? Then its scales meet its sums.
+    auto close_group = [&](int end) {
+      if (end & ((1 << shift) - 1)) return;
+      const uint16_t* s = scales + ((end >> shift) - 1) * kPanelRows + g;
+      flush<A>(total, sum, half_bits_to_float(s[0]), half_bits_to_float(s[8]), x_scale);
+    };
+    if constexpr (W == DType::INT8) {
+#pragma unroll
+      for (int i = 0; i < 4; i++) {
+        const uint4 v = weights(i), b = tokens(i * 32);
+        int8_fragment<0>(v, a);
+        mma_16816(sum, a, b.x, b.y);
+        int8_fragment<1>(v, a);
+        mma_16816(sum, a, b.z, b.w);
+        close_group((i + 1) * 32);
+      }
+    } else {
+      // Groups of 32: lanes t = 0, 1 hold the first of a tile, t = 2, 3 the second, and the tile is multiplied twice
+      const uint32_t first = shift == 5 && t >= 2 ? 0 : ~0u;
+#pragma unroll
+      for (int i = 0; i < 2; i++) {
+        const uint4 v = weights(i), b = tokens(i * 64), c = tokens(i * 64 + 8);
+        int4_fragment<0>(v, a);
+        mma_16816(sum, a, b.x & first, b.y & first);
+        int4_fragment<1>(v, a);
+        mma_16816(sum, a, b.z & first, b.w & first);
+        int4_fragment<2>(v, a);
+        mma_16816(sum, a, c.x & first, c.y & first);
+        int4_fragment<3>(v, a);
+        mma_16816(sum, a, c.z & first, c.w & first);
+        if (shift == 5) {
+          close_group(i * 64 + 32);
+          int4_fragment<0>(v, a);
+          mma_16816(sum, a, b.x & ~first, b.y & ~first);
+          int4_fragment<1>(v, a);
+          mma_16816(sum, a, b.z & ~first, b.w & ~first);
+          int4_fragment<2>(v, a);
+          mma_16816(sum, a, c.x & ~first, c.y & ~first);
+          int4_fragment<3>(v, a);
+          mma_16816(sum, a, c.z & ~first, c.w & ~first);
+        }
+        close_group((i + 1) * 64);
+      }
+    }
+  }
+}
+
+// x of all tokens into shared memory: rounded, in the order of the fragments; with exact rows unrounded too.
+template <DType W, Act A>
+__device__ __forceinline__ void prologue(const Matvec& m, uint8_t* shared) {
+  uint16_t* x = reinterpret_cast<uint16_t*>(shared + m.x);                 // (T, x_stride)
+  float* x_scale = reinterpret_cast<float*>(shared + m.x_scale);           // (T, groups of 128)
+  float* x_exact = reinterpret_cast<float*>(shared + m.x_exact);           // (T, K)
+  const int k_all = m.in.k, stride = x_stride(W, k_all), groups = (k_all + 127) / 128;
+  const bool exact = m.exact[0].w.data || m.exact[1].w.data, report = m.normed && blockIdx.x == gridDim.x - 1;
+  auto sink = [&](int t, int k, float4 v) {
+    if (k < k_all) {
+      if (exact) *reinterpret_cast<float4*>(x_exact + t * k_all + k) = v;
+      if (report) *reinterpret_cast<float4*>(m.normed + static_cast<int64_t>(t) * k_all + k) = v;
+    }
+    if (A == Act::INT8) {
+      const float scale = int8_codes(v);
+      if (threadIdx.x % 32 == 0) x_scale[t * groups + k / 128] = scale;
+    }
+    uint16_t* to = x + t * stride;
+    if (W == DType::INT4) {  // k and k + 2 are neighbours there, k + 1 and k + 3 lie 4 places behind
+      const int at = k / 16 * 16 + int4_position(k % 16);
+      *reinterpret_cast<uint32_t*>(to + at) = pack_bf16(v.x, v.z);
+      *reinterpret_cast<uint32_t*>(to + at + 4) = pack_bf16(v.y, v.w);
+    } else {
+      *reinterpret_cast<uint2*>(to + k) = {pack_bf16(v.x, v.y), pack_bf16(v.z, v.w)};
+    }
+  };
+  float* squares = reinterpret_cast<float*>(shared + m.squares);
+  if (m.in.quick) quick_quads(m.in, squares, sink);
+  else for_each_quad(m.in, squares, reinterpret_cast<float*>(shared + m.inverse), sink);
+}
+static_assert(int4_position(6) == int4_position(4) + 1 && int4_position(5) == int4_position(4) + 4 && int4_position(7) == int4_position(4) + 5);
+static_assert(int4_position(14) == int4_position(12) + 1 && int4_position(13) == int4_position(12) + 4 && int4_position(15) == int4_position(12) + 5);
+
+// sum[t] += one unit of an exact row times token t. x: (T, K) from the lane's first k of the unit on, `left` values of the row lie there.
+__device__ __forceinline__ void multiply_exact(float (&sum)[kFewTokens], const uint8_t* unit, int loads, bool f32, const float* x, int tokens, int k_all,
+                                               int left) {
+  const int each = f32 ? 4 : 8;  // weights in 16 bytes
+#pragma unroll 1
+  for (int i = 0; i < loads && left > 0; i++, unit += 512, x += 32 * each, left -= 32 * each) {
+    const uint4 v = *reinterpret_cast<const uint4*>(unit);
+    const float4 lo = f32 ? float4{__uint_as_float(v.x), __uint_as_float(v.y), __uint_as_float(v.z), __uint_as_float(v.w)}
+                          : float4{bf16_lo(v.x), bf16_hi(v.x), bf16_lo(v.y), bf16_hi(v.y)};
+    const float4 hi = {bf16_lo(v.z), bf16_hi(v.z), bf16_lo(v.w), bf16_hi(v.w)};
+#pragma unroll
+    for (int t = 0; t < kFewTokens; t++) {
+      if (t >= tokens) break;
+      const float4 a = load4(x + t * k_all);
+      sum[t] += lo.x * a.x + lo.y * a.y + lo.z * a.z + lo.w * a.w;
+      if (f32) continue;
+      const float4 b = load4(x + t * k_all + 4);
+      sum[t] += hi.x * b.x + hi.y * b.y + hi.z * b.z + hi.w * b.w;
+    }
+  }
+}
+
+// With 80 registers three blocks fit on a multiprocessor: two of this kernel and one of the next. Making INT8 codes takes more.
+template <DType W, Act A>
+__global__ void __launch_bounds__(kThreads, A == Act::INT8 ? 2 : 3) matvec_k(const __grid_constant__ Matvec m) {
+  extern __shared__ uint4 memory[];
+  uint8_t* shared = reinterpret_cast<uint8_t*>(memory);
+  const int warp = warp_index();
+  Ring<W> ring(m, shared, warp);
+  let_next_start();  // not before our own weights have been asked for
+  prefetch_norms(m.in);
+  wait_for_previous();
+  prologue<W, A>(m, shared);
+  __syncthreads();
+
+  const int tid = static_cast<int>(threadIdx.x), lane = tid % 32, g = lane / 4, t = lane % 4, tokens = m.in.tokens;
+  const int k_all = m.in.k, groups = (k_all + 127) / 128, size = tokens * kPanelRows;
+  const uint16_t* x = reinterpret_cast<const uint16_t*>(shared + m.x) + g * x_stride(W, k_all) + (W == DType::INT4 ? 16 : 8) * t;
+  const float* x_scale = reinterpret_cast<const float*>(shared + m.x_scale);
+  float* partial = reinterpret_cast<float*>(shared + m.partial);  // (2, warps, T, 16): while one half is summed the other is written
+  const bool swiglu = m.store == Store::SwiGLU;
+  const int per_token = swiglu ? kPanelRows / 2 : kPanelRows, row = tid % per_token, out = tid / per_token;  // of the thread: row and token
+
+  int task = static_cast<int>(blockIdx.x), half = kWarps * size;
+  for (; task < m.panels; task += static_cast<int>(gridDim.x)) {
+    const int n = task * per_token + row;
+    const bool mine = out < tokens && (swiglu || n < m.rows);
+    float* y = m.y + out * m.ldy + n;
+    const float old = mine && m.store == Store::Add ? *y : 0.f;
+
+    float total[4] = {};
+    const int end = slice<W>(k_all, warp + 1);
+#pragma unroll 1
+    for (int u = slice<W>(k_all, warp); u < end; u++) {
+      float2 scale{};
+      if (A == Act::INT8) {
+        const int group = u * unit_k(W) / 128;
+        if (2 * t < tokens) scale.x = x_scale[2 * t * groups + group];
+        if (2 * t + 1 < tokens) scale.y = x_scale[(2 * t + 1) * groups + group];
+      }
+      multiply<W, A>(total, ring.front(), x + u * unit_k(W), g < tokens, scale, m.shift);
+      ring.pop();
+    }
+    float* p = partial + warp * size + 2 * t * kPanelRows + g;
+    if (2 * t < tokens) p[0] = total[0], p[8] = total[2];
+    if (2 * t + 1 < tokens) p[16] = total[1], p[24] = total[3];
+    __syncthreads();
+    if (mine) {
+      const float* s = partial + out * kPanelRows + row;
+      float sum = 0, up = 0;
+#pragma unroll
+      for (int i = 0; i < kWarps; i++) sum += s[i * size];
+      if (swiglu) {
+#pragma unroll
+        for (int i = 0; i < kWarps; i++) up += s[i * size + 8];
+        sum = silu(sum) * up;
+      }
+      *y = old + sum;
+    }
+    partial += half;
+    half = -half;
+  }
+
+  for (; task < m.tasks; task += static_cast<int>(gridDim.x)) {  // one row for each warp, all tokens
+    const ExactRow e = exact_row(m, task, warp);
+    if (!e.w) break;
+    const int loads = unit_loads(W), each = 16 / e.item;
+    float sum[kFewTokens] = {};
+#pragma unroll 1
+    for (int k = lane * each; k - lane * each < k_all; k += loads * 32 * each) {
+      multiply_exact(sum, ring.front() + lane * 16, loads, e.item == 4, reinterpret_cast<const float*>(shared + m.x_exact) + k, tokens, k_all, k_all - k);
+      ring.pop();
+    }
+#pragma unroll 1
+    for (int i = 0; i < tokens; i++) {
+      const float s = warp_sum(sum[0]);
+      if (lane == 0) e.y[i * e.ldy] = e.squash ? sigmoid(s) : s;
+#pragma unroll
+      for (int j = 1; j < kFewTokens; j++) sum[j - 1] = sum[j];
+    }
+  }
+}
+
+// ---- launching ----------------------------------------------------------------------------------------------------------
+
+bool aligned(const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; }
+
+template <DType W>
+void launch_matvec(const Context& c, const char* what, const Matvec& m, Act act) {
+  // With the deep ring a block for each multiprocessor, so that a block of the next kernel, its ring filling, finds room beside it;
+  // else two (each takes 1 KB besides) where that fits. No block without a task.
+  const int per_sm = !m.deep && 2 * (static_cast<size_t>(m.bytes) + 1024) <= c.shared_max + 1024 ? 2 : 1;
+  const dim3 grid(static_cast<unsigned>(std::min(m.tasks, c.sms * per_sm)));
+  if (act == Act::BF16) launch(c, what, matvec_k<W, Act::BF16>, grid, kThreads, static_cast<size_t>(m.bytes), m);
+  else launch(c, what, matvec_k<W, Act::INT8>, grid, kThreads, static_cast<size_t>(m.bytes), m);
+}
+
+// False: not even the activations of one token fit into shared memory.
+bool matvec_fast(const Context& c, const char* what, const Product& p) {
+  const DType w = p.w.dtype;
+  Matvec m;
+  m.in = p.in, m.in.quick = quick_shape(p.in);
+  m.w = p.w.bytes(), m.rows = static_cast<int>(p.w.rows());
+  m.stride = p.w.row_stride * 2;
+  if (is_t16(w)) {
+    m.stride = t16_panel_bytes(w, m.in.k, p.w.group);
+    m.shift = std::countr_zero(p.w.group);
+    m.tiles = static_cast<int>(round_up(m.in.k, kPadK)) / tile_k(w);
+    m.scale_bytes = static_cast<int>(t16_scale_bytes(m.in.k, p.w.group));
+  }
+  const bool halves = p.store == Store::SwiGLU && !is_t16(w);  // gate rows, then up rows
+  m.step = halves ? 8 : 16, m.pair = halves ? m.rows / 2 : 8;
+  m.panels = static_cast<int>(t16_panels(m.rows));
+  m.store = p.store, m.y = p.y, m.ldy = p.ldy, m.normed = p.normed;
+  int64_t exact_rows = 0;
+  for (int i = 0; i < 2; i++) m.exact[i] = p.exact[i], exact_rows += p.exact[i].w.rows();
+  m.tasks = m.panels + static_cast<int>((exact_rows + kWarps - 1) / kWarps);
+
+  int tokens = m.in.tokens;  // of one launch
+  auto fits = [&] { return lay_out(m, w, p.act, tokens, false), static_cast<size_t>(m.bytes) <= c.shared_max; };
+  while (tokens > 0 && !fits()) tokens--;
+  if (tokens == 0) return false;
+  for (int first = 0; first < p.in.tokens; first += tokens) {
+    const int n = std::min(tokens, p.in.tokens - first);
+    lay_out(m, w, p.act, n, m.tasks <= c.sms);
+    if (2 * static_cast<size_t>(m.bytes) > c.shared_max) lay_out(m, w, p.act, n, false);  // leave room for the kernel after this one
+    if (w == DType::BF16) launch_matvec<DType::BF16>(c, what, m, p.act);
+    else if (w == DType::INT8) launch_matvec<DType::INT8>(c, what, m, p.act);
+    else launch_matvec<DType::INT4>(c, what, m, p.act);
+    m.in.a += n * m.in.lda, m.y += n * m.ldy;
+    if (m.in.b) m.in.b += n * m.in.ldb;
+    if (m.normed) m.normed += int64_t{n} * m.in.k;
+    for (ExactRows& e : m.exact)
+      if (e.w) e.y += n * e.ldy;
+  }
+  return true;
+}
+
+void multiply(const Context& c, const char* what, const Product& p) {
+  const Input& in = p.in;
+  QN_CHECK(in.tokens > 0 && in.tokens <= kFewTokens, "%s: %d tokens of at most %d", what, in.tokens, kFewTokens);
+  QN_CHECK(aligned(in.a) && aligned(in.b) && aligned(in.w) && aligned(in.w2) && aligned(p.normed) && aligned(p.w.data) && in.lda % 4 == 0 &&
+               in.ldb % 4 == 0 && in.span % 4 == 0,
+           "%s: rows must begin at 16 bytes: they are %lld and %lld values apart, norms %d wide", what, static_cast<long long>(in.lda),
+           static_cast<long long>(in.ldb), in.span);
+  for (const ExactRows& e : p.exact) QN_CHECK(aligned(e.w.data) && e.w.row_stride % 8 == 0, "%s: exact rows must begin at 16 bytes", what);
+  const bool fast = p.w && p.w.dtype != DType::F32 && p.act != Act::F32 && (is_t16(p.w.dtype) || p.w.row_stride % 8 == 0);
+  if (!fast || !matvec_fast(c, what, p)) matvec_exact(c, what, p);
+}
+
+Input input(Mix mix, const Tensor& a, const Tensor& b, const Tensor& w, const Tensor& w2, float eps) {
+  Input in;
+  in.mix = mix, in.tokens = static_cast<int>(a.rows()), in.eps = eps;
+  in.k = static_cast<int>(mix == Mix::Concat ? 2 * a.cols() : a.cols());
+  in.a = a.f32(), in.b = b.f32(), in.w = w.f32(), in.w2 = w2.f32();
+  in.lda = in.tokens > 1 ? a.row_stride : 0, in.ldb = in.tokens > 1 ? b.row_stride : 0;
+  if (w) in.span = static_cast<int>(w.rows()), in.spans = in.k / in.span, in.pieces = (in.span + 127) / 128;
+  return in;
+}
+
+}  // namespace
+
+void matvec_norm(const Context& c, const NormMatmulArgs& a) {
+  Product p;
+  p.in = input(a.norm ? Mix::Norm : Mix::Plain, a.h, {}, a.norm, {}, a.eps);
+  p.act = a.act, p.w = a.w, p.y = a.y.f32(), p.ldy = a.y.row_stride;
+  p.exact[0] = {a.w_exact, a.y_exact.f32(), a.y_exact.row_stride};
+  p.normed = a.normed.f32();
+  multiply(c, "norm_matmul", p);
+}
+
+void matvec_gated_norm(const Context& c, const GatedNormMatmulArgs& a) {
+  Product p;
+  p.in = input(Mix::GatedNorm, a.o, a.z, a.norm, {}, a.eps);
+  p.act = a.act, p.w = a.w, p.store = Store::Add, p.y = a.h.f32(), p.ldy = a.h.row_stride;
+  multiply(c, "gated_norm_matmul", p);
+}
+
+void matvec_gate(const Context& c, const GateMatmulArgs& a) {
+  Product p;
+  p.in = input(Mix::Gate, a.o, a.gate, {}, {}, 0);
+  p.act = a.act, p.w = a.w, p.store = Store::Add, p.y = a.h.f32(), p.ldy = a.h.row_stride;
+  multiply(c, "gate_matmul", p);
+}
+
+void matvec_concat(const Context& c, const ConcatMatmulArgs& a) {
+  Product p;
+  p.in = input(Mix::Concat, a.a, a.b, a.norm_a, a.norm_b, a.eps);
+  p.act = a.act, p.w = a.w, p.y = a.y.f32(), p.ldy = a.y.row_stride;
+  multiply(c, "concat_matmul", p);
+}
+
+void matvec_router(const Context& c, const MoeRouterArgs& a) {
+  Product p;
+  p.in = input(Mix::Norm, a.h, {}, a.norm, {}, a.eps);
+  p.act = a.shared_act, p.w = a.shared_gate_up, p.store = Store::SwiGLU, p.y = a.shared.f32(), p.ldy = a.shared.row_stride;
+  p.exact[0] = {a.router, a.logits.f32(), a.logits.row_stride};
+  p.exact[1] = {a.shared_gate, a.shared_scale.f32(), 1, true};
+  p.normed = a.x.f32();
+  multiply(c, "moe_router", p);
+}
+
+size_t matvec_scratch(const OpLimits& l) { return matvec_exact_scratch(l); }
+
+}  // namespace qn::cuda

@@ -1,0 +1,725 @@
+// Experts of few tokens (decode and verification): choice and gate_up in one kernel, down, the shared expert and the sum in another.
+// Both are over in a few microseconds, so what counts is the time between knowing the ids and having asked for every byte.
+//
+// Tensor cores do the sums: operand A is a panel of 16 rows of weights, the columns of operand B are tokens (gate_up) or choices
+// (down), so that an expert that several tokens chose is read once. A warp holds one slab of a panel in registers: 8 loads of 16
+// bytes per lane, all asked for at once.
+//
+//            slab: 16 rows x      of a panel         real shape: gate_up K = 2048      down K = 512
+//   INT4     512 k (8 tiles)      + fp16 scales      4 slabs, a warp each              1
+//   INT8     256 k (8 tiles)      + fp16 scales      8                                 2
+//   BF16     128 k                                   16                                4
+//
+//   gate_up  a team of 4 warps takes a panel (8 gate and 8 up rows), slabs part, part + 4, ...; 10 experts x 64 panels are 5 teams
+//            on each of 128 multiprocessors. Every block finds the top K itself while other warps round x.
+//   down     a block takes a panel of the output: a warp per choice and slab, two more for the shared expert, whose weights are
+//            known before the kernel ahead has ended. The results are added in the order choice 0, 1, ..., shared expert.
+//
+// A column's sums do not depend on what the other columns hold, nor the cut of K on T: rows are bit-equal to those of single calls.
+#include <algorithm>
+
+#include "cuda/matvec.cuh"
+#include "cuda/unpack.cuh"
+
+namespace qn::cuda {
+namespace {
+
+constexpr unsigned kAll = 0xffffffffu;
+
+__device__ __forceinline__ int lane_id() { return static_cast<int>(threadIdx.x) & 31; }
+__device__ __forceinline__ int warp_id() { return static_cast<int>(threadIdx.x) >> 5; }
+
+__device__ __forceinline__ void copy_async4(float* shared, const float* global) {
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(static_cast<uint32_t>(__cvta_generic_to_shared(shared))), "l"(global) : "memory");
+}
+
+// First i in [begin, end) with ids[i] == e, or -1; the same in every lane of the warp.
+__device__ __forceinline__ int find(const int32_t* ids, int begin, int end, int e) {
+#pragma unroll 1
+  for (int i = begin; i < end; i += 32) {
+    const unsigned found = __ballot_sync(kAll, i + lane_id() < end && ids[i + lane_id()] == e);
+    if (found) return i + __ffs(static_cast<int>(found)) - 1;
+  }
+  return -1;
+}
+
+// ---- choice -----------------------------------------------------------------------------------------------------------
+
+// Unsigned integers in the order of the logits; -0 is 0, NaN comes last.
+__device__ __forceinline__ uint32_t rank_key(float v) {
+  v += 0.f;
+  const uint32_t u = __float_as_uint(v);
+  return v != v ? 0u : u & 0x80000000u ? ~u : u | 0x80000000u;
+}
+
+constexpr int kQuickExperts = 512;  // 16 keys per lane
+struct Candidate {
+  uint32_t key;
+  int32_t expert;
+};
+
+// The top `chosen` of E logits, best first, equal ones in order of their index; by one warp. ids (chosen) and list (32) are in
+// shared memory; false: there were too many candidates, nothing is chosen.
+// At least `chosen` lanes have a maximum that is not below the chosen-th largest of the 32 maxima, so the answer is among the keys
+// from there on: hardly ever more than a dozen or two. Each finds its own place by counting those before it.
+__device__ __forceinline__ bool quick_top(const float* logits, int experts, int chosen, int32_t* ids, Candidate* list) {
+  const int lane = lane_id();
+  float v[kQuickExperts / 32];
+  uint32_t key[kQuickExperts / 32], best = 0;
+#pragma unroll
+  for (int i = 0; i < kQuickExperts / 32; i++) v[i] = logits[min(32 * i + lane, experts - 1)];  // no branches: all at once
+#pragma unroll
+  for (int i = 0; i < kQuickExperts / 32; i++) key[i] = 32 * i + lane < experts ? rank_key(v[i]) : 0;
+#pragma unroll
+  for (int i = 0; i < kQuickExperts / 32; i++) best = max(best, key[i]);
+  int above = 0;
+#pragma unroll
+  for (int i = 0; i < 32; i++) above += __shfl_sync(kAll, best, i) > best;
+  const uint32_t least = __reduce_min_sync(kAll, above < chosen ? best : ~0u);
+  int n = 0;
+#pragma unroll
+  for (int i = 0; i < kQuickExperts / 32; i++) {
+    const bool in = key[i] >= least && 32 * i + lane < experts;
+    const unsigned all = __ballot_sync(kAll, in);
+    if (all == 0) continue;
+    const int at = n + __popc(all & ((1u << lane) - 1));
+    if (in && at < 32) list[at] = {key[i], 32 * i + lane};
+    n += __popc(all);
+  }
+  if (n > 32) return false;
+  __syncwarp();
+  const Candidate mine = lane < n ? list[lane] : Candidate{0, 0};
+  int place = 0;
+#pragma unroll 4
+  for (int i = 0; i < n; i++) {  // the list is in order of the index
+    const uint32_t other = __shfl_sync(kAll, mine.key, i);
+    place += other > mine.key || (other == mine.key && i < lane);
+  }
+  if (lane < n && place < chosen) ids[place] = mine.expert;
+  __syncwarp();
+  return true;
+}
+
+// The same for any E and K: each round finds the largest (key, index) below that of the round before.
+__device__ void any_top(const float* logits, int experts, int chosen, int32_t* ids) {
+  uint64_t last = ~uint64_t{0};
+  for (int j = 0; j < chosen; j++) {
+    uint64_t best = 0;
+    for (int e = lane_id(); e < experts; e += 32) {
+      const uint64_t c = static_cast<uint64_t>(rank_key(logits[e])) << 32 | ~static_cast<uint32_t>(e);
+      if (c < last && c > best) best = c;
+    }
+    const uint32_t high = static_cast<uint32_t>(best >> 32), top = __reduce_max_sync(kAll, high);
+    const uint32_t low = __reduce_max_sync(kAll, high == top ? static_cast<uint32_t>(best) : 0u);
+    last = static_cast<uint64_t>(top) << 32 | low;
+    if (lane_id() == 0) ids[j] = static_cast<int32_t>(~low);
+  }
+  __syncwarp();
+}
+
+__device__ __forceinline__ void top(const float* logits, int experts, int chosen, int32_t* ids, Candidate* list) {
+  if (experts <= kQuickExperts && chosen <= 32 && quick_top(logits, experts, chosen, ids, list)) return;
+  any_top(logits, experts, chosen, ids);
+}
+
+// What a token chose, from shared memory to `ids_out` and `weights` (chosen); by one warp.
+__device__ void store_choice(const float* logits, int experts, int chosen, bool renormalise, const int32_t* ids, int32_t* ids_out, float* weights) {
+  const float largest = logits[ids[0]];
+  float sum = 0;
+  for (int i = lane_id(); i < (renormalise ? chosen : experts); i += 32) sum += expf(logits[renormalise ? ids[i] : i] - largest);
+  sum = warp_sum(sum);
+  for (int j = lane_id(); j < chosen; j += 32) {
+    ids_out[j] = ids[j];
+    weights[j] = expf(logits[ids[j]] - largest) / sum;
+  }
+}
+
+constexpr int kRouteWarps = 4;
+
+// logits (T, E), ids and weights (T, K): a warp per token
+__global__ void __launch_bounds__(32 * kRouteWarps) moe_route_k(const float* logits, int tokens, int experts, int chosen, bool renormalise,
+                                                               int32_t* ids, float* weights) {
+  extern __shared__ int32_t chosen_ids[];  // (warps, K)
+  __shared__ Candidate list[kRouteWarps][32];
+  let_next_start();
+  wait_for_previous();
+  const int t = static_cast<int>(blockIdx.x) * kRouteWarps + warp_id();
+  if (t >= tokens) return;
+  int32_t* mine = chosen_ids + warp_id() * chosen;
+  logits += static_cast<int64_t>(t) * experts;
+  top(logits, experts, chosen, mine, list[warp_id()]);
+  const int64_t out = static_cast<int64_t>(t) * chosen;
+  store_choice(logits, experts, chosen, renormalise, mine, ids + out, weights + out);
+}
+
+// ---- slabs ------------------------------------------------------------------------------------------------------------
+
+// A weight matrix of which panels are taken.
+struct Matrix {
+  const uint8_t* data;
+  int32_t k;
+  int32_t shift;        // T16: groups of 1 << shift
+  int32_t slab_scales;  // T16: bytes of the scales of a slab
+  int32_t panel_bytes;  // T16
+  int32_t scale_bytes;  // T16: tiles begin there
+  int32_t tiles;        // T16: of a panel
+  int32_t step, pair;   // BF16: panel p begins at row p * step, its row 8 + g lies `pair` rows behind its row g
+};
+
+__device__ __forceinline__ uint4 load_shared(const uint16_t* p) { return *reinterpret_cast<const uint4*>(p); }
+
+// Rounds the four values of each lane, 128 consecutive ones of a row, and stores them as the B fragments of W want them. The
+// result is their scale.
+template <DType W>
+__device__ __forceinline__ float store_rounded(float4 v, bool int8, uint16_t* to) {
+  const float scale = int8 ? int8_codes(v) : 1.f;
+  const int k = 4 * lane_id();
+  if constexpr (W == DType::INT4) {  // k and k + 2 are neighbours there, k + 1 and k + 3 four places on
+    uint32_t* p = reinterpret_cast<uint32_t*>(to + (k & ~15) + int4_position(k & 15));
+    p[0] = pack_bf16(v.x, v.z);
+    p[2] = pack_bf16(v.y, v.w);
+  } else {
+    *reinterpret_cast<uint2*>(to + k) = make_uint2(pack_bf16(v.x, v.y), pack_bf16(v.z, v.w));
+  }
+  return scale;
+}
+
+// 16 rows x kWidth columns of a matrix, in shared memory of one warp: each lane copies its fragments itself. What lies beyond K is
+// zero, and so must be x there. Plain: groups of 128 and activations without scales, the case that is made to be fast.
+template <DType W, bool Plain>
+struct Slab {
+  static constexpr DType kType = W;
+  static constexpr bool kPlain = Plain;
+  static constexpr int kBlock = W == DType::INT4 ? 64 : 32;      // k of a block (cuda/unpack.cuh)
+  static constexpr int kLoads = 8, kBlocks = W == DType::BF16 ? kLoads / 2 : kLoads;
+  static constexpr int kWidth = kBlock * kBlocks;
+  static constexpr int kChunks = kWidth / kActGroup;             // activation scales
+  static constexpr int kCell = kBlock / 4;
+  static constexpr int kPad = W == DType::INT4 ? 8 : 32;         // values behind a row of x: two tokens' 16-byte loads share no bank
+  static constexpr int kScales = is_t16(W) ? kWidth / (Plain ? 128 : 32) * kPanelRows * 2 : 0;  // bytes, at most
+  static constexpr int kBytes = kLoads * kTileBytes + kScales;   // tiles, or what lanes load of BF16 rows; scales
+
+  // Asks for slab s of panel p
+  __device__ __forceinline__ static void copy(const Matrix& m, const uint8_t* data, int p, int s, uint8_t* to) {
+    const int lane = lane_id();
+    to += lane * 16;
+    if constexpr (W == DType::BF16) {
+      const int64_t row = static_cast<int64_t>(p) * m.step + lane / 4, bytes = static_cast<int64_t>(m.k) * 2;
+      const uint8_t* lo = data + row * bytes + s * (2 * kWidth) + lane % 4 * 16;
+      const uint8_t* hi = lo + m.pair * bytes;
+#pragma unroll
+      for (int i = 0; i < kBlocks; i++) {
+        const bool in = s * kWidth + i * kBlock < m.k;
+        copy_async16_or_zero(to + 2 * i * kTileBytes, lo + i * kBlock * 2, in);
+        copy_async16_or_zero(to + (2 * i + 1) * kTileBytes, hi + i * kBlock * 2, in);
+      }
+    } else {
+      const uint8_t* panel = data + static_cast<int64_t>(p) * m.panel_bytes;
+      const uint8_t* tiles = panel + m.scale_bytes + s * (kBlocks * kTileBytes) + lane * 16;
+      const int end = m.tiles - s * kBlocks;
+#pragma unroll
+      for (int i = 0; i < kBlocks; i++) copy_async16_or_zero(to + i * kTileBytes, tiles + i * kTileBytes, i < end);
+      const int bytes = Plain ? kScales : m.slab_scales, at = s * bytes + lane * 16;
+      if (lane * 16 < bytes) copy_async16_or_zero(to + kLoads * kTileBytes, panel + at, at < m.scale_bytes);
+    }
+    copy_async_commit();
+  }
+  // What has been asked for is there, for the whole warp
+  __device__ __forceinline__ static void wait() {
+    copy_async_wait<0>();
+    __syncwarp();
+  }
+
+  // total += the slab times x, as operand D lies: rows g, g + 8, columns 2t, 2t + 1.
+  // x: the values of column g in shared memory, from cell t on; s0, s1: the activation scales of columns 2t and 2t + 1.
+  __device__ __forceinline__ static void multiply(const uint8_t* slab, const uint16_t* x, const float* s0, const float* s1, int shift,
+                                                  float (&total)[4]) {
+    const uint4* tiles = reinterpret_cast<const uint4*>(slab) + lane_id();
+    const uint16_t* scales = reinterpret_cast<const uint16_t*>(slab + kLoads * kTileBytes) + lane_id() / 4;
+    auto scale = [&](int q) { return float2{half_bits_to_float(scales[kPanelRows * q]), half_bits_to_float(scales[kPanelRows * q + 8])}; };
+    float sum[2][4] = {};  // two chains, so that an instruction need not wait for the one before
+#pragma unroll
+    for (int i = 0; i < kBlocks; i++) {
+      const uint4 b = load_shared(x + i * kBlock);
+      uint32_t a[4];
+      if constexpr (W == DType::BF16) {
+        const uint4 lo = tiles[2 * i * 32], hi = tiles[(2 * i + 1) * 32];
+        bf16_fragment<0>(lo, hi, a), mma_16816(sum[0], a, b.x, b.y);
+        bf16_fragment<1>(lo, hi, a), mma_16816(sum[1], a, b.z, b.w);
+        if (i == kBlocks - 1) add(float2{1, 1}, s0[0], s1[0], sum, total);
+      } else if constexpr (W == DType::INT8) {
+        const uint4 v = tiles[i * 32];
+        int8_fragment<0>(v, a), mma_16816(sum[0], a, b.x, b.y);
+        int8_fragment<1>(v, a), mma_16816(sum[1], a, b.z, b.w);
+        if (((i + 1) * kBlock & ((1 << shift) - 1)) == 0) add(scale(i * kBlock >> shift), s0[i / 4], s1[i / 4], sum, total);
+      } else {
+        const uint4 v = tiles[i * 32], c = load_shared(x + i * kBlock + 8);
+        if constexpr (Plain) {
+          multiply_tile(v, b, c, sum);
+          if (i % 2 == 1) add(scale(i / 2), 1.f, 1.f, sum, total);
+        } else if (shift == 5) {  // cells 0 and 1 belong to the first group of the tile, 2 and 3 to the second
+          const bool second = lane_id() % 4 >= 2;
+          multiply_tile(v, second ? uint4{} : b, second ? uint4{} : c, sum);
+          add(scale(2 * i), s0[i / 2], s1[i / 2], sum, total);
+          multiply_tile(v, second ? b : uint4{}, second ? c : uint4{}, sum);
+          add(scale(2 * i + 1), s0[i / 2], s1[i / 2], sum, total);
+        } else {
+          multiply_tile(v, b, c, sum);
+          if (((i + 1) * kBlock & ((1 << shift) - 1)) == 0) add(scale(i * kBlock >> shift), s0[i / 2], s1[i / 2], sum, total);
+        }
+      }
+    }
+  }
+
+ private:
+  __device__ __forceinline__ static void multiply_tile(const uint4& v, const uint4& b, const uint4& c, float (&sum)[2][4]) {
+    uint32_t a[4];
+    int4_fragment<0>(v, a), mma_16816(sum[0], a, b.x, b.y);
+    int4_fragment<1>(v, a), mma_16816(sum[1], a, b.z, b.w);
+    int4_fragment<2>(v, a), mma_16816(sum[0], a, c.x, c.y);
+    int4_fragment<3>(v, a), mma_16816(sum[1], a, c.z, c.w);
+  }
+  // The end of a group: rows times their scale, columns times theirs
+  __device__ __forceinline__ static void add(float2 row, float s0, float s1, float (&sum)[2][4], float (&total)[4]) {
+    total[0] += row.x * s0 * (sum[0][0] + sum[1][0]);
+    total[1] += row.x * s1 * (sum[0][1] + sum[1][1]);
+    total[2] += row.y * s0 * (sum[0][2] + sum[1][2]);
+    total[3] += row.y * s1 * (sum[0][3] + sum[1][3]);
+#pragma unroll
+    for (int i = 0; i < 4; i++) sum[0][i] = sum[1][i] = 0;
+  }
+};
+
+// ---- gate and up ------------------------------------------------------------------------------------------------------
+
+constexpr int kTeam = 4;      // warps that share a panel
+constexpr int kMaxTeams = 8;  // in a block
+
+// Shared memory of a block; offsets in bytes
+struct GateUpLayout {
+  int chunks, pitch;               // of a row of x: groups of 128, values
+  int slabs, part, x, list, scales, ids, distinct, used;
+  int64_t bytes;
+};
+template <class S>
+GateUpLayout gate_up_layout(int tokens, int k, int experts, int chosen, int teams) {
+  GateUpLayout l{};
+  const int width = static_cast<int>(round_up(k, S::kWidth));
+  l.chunks = width / kActGroup, l.pitch = width + S::kPad;
+  l.slabs = 0;                                                    // (teams, kTeam) Slab
+  l.part = teams * kTeam * S::kBytes;                             // (teams, 2, kTeam, 32) float4: results of the warps, two rounds
+  l.x = l.part + teams * 2 * kTeam * 32 * 16;                     // (T, pitch) bf16 or codes
+  l.list = l.x + tokens * l.pitch * 2;                            // (T, 32) Candidate
+  l.scales = l.list + tokens * 32 * static_cast<int>(sizeof(Candidate));  // (T, chunks)
+  l.ids = l.scales + tokens * l.chunks * 4;                       // (T, K)
+  l.distinct = l.ids + tokens * chosen * 4;                       // (T * K) experts to compute
+  l.used = l.distinct + tokens * chosen * 4;                      // (E) bits
+  l.bytes = l.used + (experts + 31) / 32 * 4;
+  return l;
+}
+
+struct GateUp {
+  const float *x, *logits;         // (T, D), (T, E)
+  Matrix w;                        // gate_up (2F, D) of expert 0
+  int64_t stride;                  // bytes from expert to expert
+  int tokens, experts, chosen, f;
+  bool renormalise, int8;
+  int32_t* ids;                    // (T, K)
+  float *weights, *inner;          // (T, K), (T*K, F)
+  int panels, slabs;               // of an expert, of a panel
+  GateUpLayout at;
+};
+
+// Rounds x (T, K) into shared memory: warps first, first + 1, ... of the block
+template <class S>
+__device__ __forceinline__ void round_tokens(const GateUp& a, uint8_t* shared, int first) {
+  constexpr int kBatch = 4;  // loads of a lane at once
+  const int chunks = a.tokens * a.at.chunks, step = static_cast<int>(blockDim.x) / 32 - first;
+  for (int begin = warp_id() - first; begin < chunks; begin += kBatch * step) {
+    float4 v[kBatch];
+#pragma unroll
+    for (int i = 0; i < kBatch; i++) {
+      const int c = begin + i * step, t = c / a.at.chunks, k = c % a.at.chunks * kActGroup + 4 * lane_id();
+      v[i] = c < chunks && k < a.w.k ? load4(a.x + static_cast<int64_t>(t) * a.w.k + k) : float4{};
+    }
+#pragma unroll
+    for (int i = 0; i < kBatch; i++) {
+      const int c = begin + i * step, t = c / a.at.chunks;
+      if (c >= chunks) break;
+      uint16_t* to = reinterpret_cast<uint16_t*>(shared + a.at.x) + t * a.at.pitch + c % a.at.chunks * kActGroup;
+      const float scale = store_rounded<S::kType>(v[i], !S::kPlain && a.int8, to);
+      if (!S::kPlain && lane_id() == 0) reinterpret_cast<float*>(shared + a.at.scales)[c] = scale;
+    }
+  }
+}
+
+// The experts whose bit is set, ascending; returns how many. By all threads; the list may be read after the next barrier.
+__device__ __forceinline__ int list_experts(const uint32_t* used, int experts, int32_t* list) {
+  for (int e = static_cast<int>(threadIdx.x); e < experts; e += static_cast<int>(blockDim.x)) {
+    if (!(used[e / 32] >> (e % 32) & 1)) continue;
+    int at = __popc(used[e / 32] & ((1u << (e % 32)) - 1));
+#pragma unroll 4
+    for (int i = 0; i < e / 32; i++) at += __popc(used[i]);
+    list[at] = e;
+  }
+  int n = 0;
+#pragma unroll 4
+  for (int i = 0; i < (experts + 31) / 32; i++) n += __popc(used[i]);
+  return n;
+}
+
+// Adds up the four parts of a panel and stores silu(gate) * up for the tokens that chose the expert; by one warp.
+__device__ __forceinline__ void finish_panel(const GateUp& a, const float4* part, const int32_t* ids, int e, int panel) {
+  const int lane = lane_id();
+  float4 s = part[lane];
+#pragma unroll
+  for (int i = 1; i < kTeam; i++) {
+    const float4 p = part[i * 32 + lane];
+    s.x += p.x, s.y += p.y, s.z += p.z, s.w += p.w;
+  }
+  const float even = silu(s.x) * s.z, odd = silu(s.y) * s.w;  // rows g: gate, g + 8: up
+#pragma unroll 1
+  for (int t = 0; t < a.tokens; t++) {
+    const int j = find(ids + t * a.chosen, 0, a.chosen, e);
+    if (j >= 0 && lane % 4 == t / 2) a.inner[static_cast<int64_t>(t * a.chosen + j) * a.f + panel * 8 + lane / 4] = t % 2 ? odd : even;
+  }
+}
+
+template <DType W, bool Plain>
+__global__ void __launch_bounds__(kMaxTeams * kTeam * 32, 1) moe_gate_up_few_k(const GateUp a) {
+  using S = Slab<W, Plain>;
+  extern __shared__ __align__(16) uint8_t shared[];
+  const int lane = lane_id(), warp = warp_id(), warps = static_cast<int>(blockDim.x) / 32, team = warp / kTeam, part = warp % kTeam;
+  int32_t* ids = reinterpret_cast<int32_t*>(shared + a.at.ids);
+  uint32_t* used = reinterpret_cast<uint32_t*>(shared + a.at.used);
+  const int stride = static_cast<int>(gridDim.x) * (warps / kTeam);
+  int unit = static_cast<int>(blockIdx.x) * (warps / kTeam) + team;  // (expert, panel)
+  if (a.tokens > 1) {
+    for (int i = static_cast<int>(threadIdx.x); i < (a.experts + 31) / 32; i += static_cast<int>(blockDim.x)) used[i] = 0;
+    __syncthreads();
+  }
+  wait_for_previous();
+
+#pragma unroll 1
+  for (int t = warp; t < a.tokens; t += warps) {
+    top(a.logits + static_cast<int64_t>(t) * a.experts, a.experts, a.chosen, ids + t * a.chosen, reinterpret_cast<Candidate*>(shared + a.at.list) + t * 32);
+    if (a.tokens > 1)
+      for (int j = lane; j < a.chosen; j += 32) atomicOr(&used[ids[t * a.chosen + j] / 32], 1u << (ids[t * a.chosen + j] % 32));
+  }
+  const int rounding = warps > a.tokens ? a.tokens : 0;  // the first warp that has time for x
+  if (warp >= rounding) round_tokens<S>(a, shared, rounding);
+  __syncthreads();
+  const int32_t* todo = ids;
+  int units = a.chosen * a.panels;
+  if (a.tokens > 1) {
+    todo = reinterpret_cast<int32_t*>(shared + a.at.distinct);
+    units = list_experts(used, a.experts, reinterpret_cast<int32_t*>(shared + a.at.distinct)) * a.panels;
+    __syncthreads();
+  }
+
+  uint8_t* slab = shared + a.at.slabs + warp * S::kBytes;
+  auto copy = [&](int u, int s) { S::copy(a.w, a.w.data + todo[u / a.panels] * a.stride, u % a.panels, s, slab); };
+  if (unit < units && part < a.slabs) copy(unit, part);
+  let_next_start();  // whose weights would come in the way of ours
+  if (blockIdx.x == 0)
+#pragma unroll 1
+    for (int t = warp; t < a.tokens; t += warps)
+      store_choice(a.logits + static_cast<int64_t>(t) * a.experts, a.experts, a.chosen, a.renormalise, ids + t * a.chosen, a.ids + t * a.chosen,
+                   a.weights + t * a.chosen);
+
+  const int column = lane / 4 < a.tokens ? lane / 4 : 0;  // columns without a token repeat the first and are not stored
+  const uint16_t* x = reinterpret_cast<const uint16_t*>(shared + a.at.x) + column * a.at.pitch + lane % 4 * S::kCell;
+  const float* s0 = reinterpret_cast<const float*>(shared + a.at.scales) + min(lane % 4 * 2, a.tokens - 1) * a.at.chunks;
+  const float* s1 = reinterpret_cast<const float*>(shared + a.at.scales) + min(lane % 4 * 2 + 1, a.tokens - 1) * a.at.chunks;
+  float4* results = reinterpret_cast<float4*>(shared + a.at.part) + team * 2 * kTeam * 32;
+#pragma unroll 1
+  for (int round = 0; unit < units; unit += stride, round ^= 1) {
+    float total[4] = {};
+#pragma unroll 1
+    for (int s = part; s < a.slabs; s += kTeam) {
+      S::wait();
+      S::multiply(slab, x + s * S::kWidth, s0 + s * S::kChunks, s1 + s * S::kChunks, a.w.shift, total);
+      __syncwarp();  // the slab has been read by all lanes
+      const bool more = s + kTeam < a.slabs;
+      const int next = more ? unit : unit + stride;
+      if (next < units) copy(next, more ? s + kTeam : part);  // on its way while the team adds up
+    }
+    float4* mine = results + round * kTeam * 32;
+    mine[part * 32 + lane] = make_float4(total[0], total[1], total[2], total[3]);
+    asm volatile("bar.sync %0, %1;" ::"r"(team + 1), "n"(kTeam * 32) : "memory");  // the team's; two rounds of results need but one
+    if (part == 0) finish_panel(a, mine, ids, todo[unit / a.panels], unit % a.panels);
+  }
+}
+
+// ---- down -------------------------------------------------------------------------------------------------------------
+
+constexpr int kMaxChoiceWarps = 16, kMaxSharedWarps = 2, kMaxColumns = 4;
+constexpr int kSharedSlabs = 2;                               // that a warp of the shared expert has room for
+constexpr int kStageSlab = Slab<DType::INT4, false>::kBytes;  // no slab is larger,
+constexpr int kStagePitch = 512 + 32;                         // nor wider, with its padding
+
+struct Down {
+  const int32_t* ids;         // (T, K)
+  const float* weights;       // (T, K)
+  const float* inner;         // (T*K, F)
+  Matrix w;                   // down (D, F) of expert 0
+  int64_t stride;             // bytes from expert to expert
+  const float* shared;        // (T, FS)
+  const float* shared_scale;  // (T)
+  Matrix shared_w;            // (D, FS)
+  bool int8, shared_int8, shared_t16;
+  int tokens, chosen, d;
+  int choice_warps, shared_warps, columns;
+  int slabs, shared_slabs;    // in a panel
+  int choices, tasks;         // T*K, times slabs
+  int results, shared_results, h_at;  // offsets in shared memory
+  float* h;                   // (T, D)
+};
+
+struct Column {
+  int result;       // the row's number among the results
+  float weight;     // of the result
+  float scales[4];  // activation scales
+};
+// Shared memory of a warp: up to a.columns rows of activations and a slab to multiply them with. A warp of the shared expert has
+// kSharedSlabs of these, and uses nothing but the slab of the later ones.
+struct Stage {
+  uint8_t* at;
+  __device__ Column* columns() const { return reinterpret_cast<Column*>(at); }
+  __device__ uint8_t* slab() const { return at + kMaxColumns * sizeof(Column); }
+  __device__ uint16_t* x() const { return reinterpret_cast<uint16_t*>(slab() + kStageSlab); }  // (columns, kStagePitch)
+};
+QN_HD constexpr int stage_bytes(int columns) { return kMaxColumns * static_cast<int>(sizeof(Column)) + kStageSlab + columns * kStagePitch * 2; }
+QN_HD constexpr int stages_bytes(int choice_warps, int shared_warps, int columns) {
+  return (choice_warps + shared_warps * kSharedSlabs) * stage_bytes(columns);
+}
+static_assert(kMaxColumns * sizeof(Column) % 16 == 0 && kStageSlab % 16 == 0 && kStagePitch % 8 == 0);
+// results of the slabs, h
+QN_HD constexpr int result_bytes(int tokens, int chosen, int slabs, int shared_slabs) {
+  return tokens * (chosen * slabs + shared_slabs + 1) * kPanelRows * 4;
+}
+
+template <class S>
+struct Row {  // the part of a row of activations that meets a slab
+  float4 v[S::kChunks];
+  float weight;
+  // k: columns from here to the end of the row
+  __device__ __forceinline__ void load(const float* row, int k, const float* from) {
+#pragma unroll
+    for (int c = 0; c < S::kChunks; c++) v[c] = c * kActGroup + 4 * lane_id() < k ? load4(row + c * kActGroup + 4 * lane_id()) : float4{};
+    weight = *from;
+  }
+  __device__ __forceinline__ void store(bool int8, const Stage& stage, int column, int result) const {
+#pragma unroll
+    for (int c = 0; c < S::kChunks; c++) {
+      const float scale = store_rounded<S::kType>(v[c], !S::kPlain && int8, stage.x() + column * (S::kWidth + S::kPad) + c * kActGroup);
+      if (!S::kPlain && lane_id() == 0) stage.columns()[column].scales[c] = scale;
+    }
+    if (lane_id() == 0) stage.columns()[column].result = result, stage.columns()[column].weight = weight;
+  }
+};
+
+// results[result of a column] (16) = its weight * (slab times column)
+template <class S>
+__device__ __forceinline__ void multiply_columns(const Stage& stage, const uint8_t* slab, int columns, int shift, float* results) {
+  S::wait();
+  const int g = lane_id() / 4, t = lane_id() % 4;
+  const Column *even = stage.columns() + min(2 * t, columns - 1), *odd = stage.columns() + min(2 * t + 1, columns - 1);
+  float total[4] = {};
+  S::multiply(slab, stage.x() + (g < columns ? g : 0) * (S::kWidth + S::kPad) + t * S::kCell, even->scales, odd->scales, shift, total);
+  if (2 * t < columns) {
+    float* to = results + even->result * kPanelRows + g;
+    to[0] = even->weight * total[0], to[8] = even->weight * total[2];
+  }
+  if (2 * t + 1 < columns) {
+    float* to = results + odd->result * kPanelRows + g;
+    to[0] = odd->weight * total[1], to[8] = odd->weight * total[3];
+  }
+  __syncwarp();  // slab and columns may be replaced
+}
+
+// results (T*K, slabs, 16): weight * (panel of the expert times the slab's part of inner). A warp takes a choice and a slab; the
+// first choice of an expert does the others of that expert too.
+template <class S>
+__device__ __forceinline__ void down_choices(const Down& a, int panel, const Stage& stage, float* results) {
+#pragma unroll 1
+  for (int task = warp_id(); task < a.tasks; task += a.choice_warps) {
+    const int first = task / a.slabs, s = task % a.slabs;
+    Row<S> row;
+    auto load = [&](int c) { row.load(a.inner + static_cast<int64_t>(c) * a.w.k + s * S::kWidth, a.w.k - s * S::kWidth, a.weights + c); };
+    load(first);
+    const int e = a.ids[first];
+    if (find(a.ids, 0, a.choices, e) != first) continue;
+    S::copy(a.w, a.w.data + e * a.stride, panel, s, stage.slab());
+    int columns = 0;
+#pragma unroll 1
+    for (int c = first; c >= 0;) {
+      row.store(a.int8, stage, columns++, c * a.slabs + s);
+      c = find(a.ids, c + 1, a.choices, e);
+      if (c < 0 || columns == a.columns) {
+        multiply_columns<S>(stage, stage.slab(), columns, a.w.shift, results);
+        columns = 0;
+      }
+      if (c >= 0) load(c);
+    }
+  }
+}
+
+// results (T, slabs, 16): shared_scale * (panel of the shared expert times the slab's part of `shared`). Waits for the kernel before
+// when it has asked for as many slabs as there is room for.
+template <class S>
+__device__ __forceinline__ void down_shared(const Down& a, int warp, int panel, const Stage& stage, float* results) {
+  auto copy = [&](int s, int room) {
+    if (s < a.shared_slabs) S::copy(a.shared_w, a.shared_w.data, panel, s, stage.slab() + room * stage_bytes(a.columns));
+  };
+#pragma unroll
+  for (int i = 0; i < kSharedSlabs; i++) copy(warp + i * a.shared_warps, i);
+  wait_for_previous();
+#pragma unroll 1
+  for (int s = warp, room = 0; s < a.shared_slabs; s += a.shared_warps, room = (room + 1) % kSharedSlabs) {
+#pragma unroll 1
+    for (int t = 0; t < a.tokens; t += a.columns) {
+      const int columns = min(a.columns, a.tokens - t);
+#pragma unroll 1
+      for (int c = 0; c < columns; c++) {
+        Row<S> row;
+        row.load(a.shared + static_cast<int64_t>(t + c) * a.shared_w.k + s * S::kWidth, a.shared_w.k - s * S::kWidth, a.shared_scale + t + c);
+        row.store(a.shared_int8, stage, c, (t + c) * a.shared_slabs + s);
+      }
+      multiply_columns<S>(stage, stage.slab() + room * stage_bytes(a.columns), columns, a.shared_w.shift, results);
+    }
+    copy(s + kSharedSlabs * a.shared_warps, room);
+  }
+}
+
+template <DType W, bool Plain>
+__global__ void __launch_bounds__(Plain ? 1024 : (kMaxChoiceWarps + kMaxSharedWarps) * 32, 1) moe_down_few_k(const Down a) {
+  extern __shared__ __align__(16) uint8_t shared[];
+  const int warp = warp_id(), panel = static_cast<int>(blockIdx.x);
+  const int extra = warp - a.choice_warps;  // of the shared expert
+  const Stage stage{shared + (extra < 0 ? warp : a.choice_warps + extra * kSharedSlabs) * stage_bytes(a.columns)};
+  float* choices = reinterpret_cast<float*>(shared + a.results);        // (T, K*slabs, 16)
+  float* others = reinterpret_cast<float*>(shared + a.shared_results);  // (T, shared_slabs, 16)
+  const int t = static_cast<int>(threadIdx.x) / kPanelRows, r = static_cast<int>(threadIdx.x) % kPanelRows;
+  float* h = reinterpret_cast<float*>(shared + a.h_at) + threadIdx.x;  // of the output that this thread, of a choice warp, adds up
+  if (extra < 0) {
+    wait_for_previous();
+    if (t < a.tokens) copy_async4(h, a.h + static_cast<int64_t>(t) * a.d + panel * kPanelRows + r);
+    down_choices<Slab<W, Plain>>(a, panel, stage, choices);
+  } else if (a.shared_t16) {
+    down_shared<Slab<DType::INT8, false>>(a, extra, panel, stage, others);
+  } else {
+    down_shared<Slab<DType::BF16, false>>(a, extra, panel, stage, others);
+  }
+  let_next_start();  // whose weights would have come in the way of ours
+  copy_async_wait<0>();
+  __syncthreads();
+  if (t >= a.tokens) return;
+  float sum = 0;
+  for (int i = 0; i < a.chosen * a.slabs; i++) sum += choices[(t * a.chosen * a.slabs + i) * kPanelRows + r];
+  for (int i = 0; i < a.shared_slabs; i++) sum += others[(t * a.shared_slabs + i) * kPanelRows + r];
+  a.h[static_cast<int64_t>(t) * a.d + panel * kPanelRows + r] = *h + sum;
+}
+
+// ---- launchers --------------------------------------------------------------------------------------------------------
+
+constexpr int kSumWarps = kFewTokens * kPanelRows / 32;  // whose threads add up a panel of the output
+
+constexpr int slab_width(DType t) { return t == DType::INT4 ? 512 : t == DType::INT8 ? 256 : 128; }
+static_assert(slab_width(DType::INT4) == Slab<DType::INT4, true>::kWidth && slab_width(DType::INT8) == Slab<DType::INT8, false>::kWidth &&
+              slab_width(DType::BF16) == Slab<DType::BF16, false>::kWidth);
+
+int count(int64_t n) { return static_cast<int>(n); }
+
+Matrix make_matrix(const Tensor& w, int step, int pair) {
+  Matrix m{};
+  m.data = w.bytes(), m.k = count(w.cols()), m.step = step, m.pair = pair;
+  if (!is_t16(w.dtype)) return m;
+  m.shift = w.group == 32 ? 5 : w.group == 64 ? 6 : 7, m.slab_scales = slab_width(w.dtype) / w.group * kPanelRows * 2;
+  m.panel_bytes = count(t16_panel_bytes(w.dtype, w.cols(), w.group)), m.scale_bytes = count(t16_scale_bytes(w.cols(), w.group));
+  m.tiles = (m.panel_bytes - m.scale_bytes) / kTileBytes;
+  return m;
+}
+
+bool plain(Act act, const Experts& e) { return e.dtype == DType::INT4 && e.group == 128 && act == Act::BF16; }
+
+template <DType W, bool Plain>
+void launch_gate_up(const Context& c, const MoeGateUpArgs& args, GateUp a) {
+  using S = Slab<W, Plain>;
+  if (gate_up_layout<S>(kFewTokens, a.w.k, a.experts, a.chosen, 1).bytes > static_cast<int64_t>(c.shared_max)) {  // whatever T is
+    moe_exact_gate_up(c, args);
+    return;
+  }
+  // As few rounds as the multiprocessors can do it in with one block each, and no more teams than that takes
+  int64_t most = kMaxTeams;
+  while (gate_up_layout<S>(a.tokens, a.w.k, a.experts, a.chosen, count(most)).bytes > static_cast<int64_t>(c.shared_max)) most--;
+  const int64_t units = std::min<int64_t>(int64_t{a.tokens} * a.chosen, a.experts) * (a.f / 8), sms = c.sms;
+  const int64_t rounds = (units + sms * most - 1) / (sms * most), teams = (units + sms * rounds - 1) / (sms * rounds);
+  const int64_t blocks = std::min(sms, (units + teams - 1) / teams);
+  a.at = gate_up_layout<S>(a.tokens, a.w.k, a.experts, a.chosen, count(teams));
+  a.panels = a.f / 8, a.slabs = a.at.chunks / S::kChunks;
+  launch(c, "moe_gate_up", moe_gate_up_few_k<W, Plain>, dim3(static_cast<unsigned>(blocks)), dim3(static_cast<unsigned>(teams * kTeam * 32)),
+         static_cast<size_t>(a.at.bytes), a);
+}
+
+}  // namespace
+
+void moe_route(const Context& c, const MoeGateUpArgs& args) {
+  const int64_t t = args.x.rows(), chosen = args.ids.cols();
+  launch(c, "moe_route", moe_route_k, dim3(static_cast<unsigned>((t + kRouteWarps - 1) / kRouteWarps)), dim3(32 * kRouteWarps),
+         static_cast<size_t>(kRouteWarps * chosen * 4), args.logits.f32(), count(t), args.experts.count, count(chosen), args.renormalise,
+         args.ids.i32(), args.weights.f32());
+}
+
+void moe_few_gate_up(const Context& c, const MoeGateUpArgs& args) {
+  if (args.act == Act::F32 || args.experts.dtype == DType::F32) {
+    moe_exact_gate_up(c, args);
+    return;
+  }
+  GateUp a{};
+  a.x = args.x.f32(), a.logits = args.logits.f32();
+  a.f = count(args.inner.cols()), a.w = make_matrix(args.experts.gate_up(0), 8, a.f), a.stride = args.experts.layout().stride;
+  a.tokens = count(args.x.rows()), a.experts = args.experts.count, a.chosen = count(args.ids.cols());
+  a.renormalise = args.renormalise, a.int8 = args.act == Act::INT8;
+  a.ids = args.ids.i32(), a.weights = args.weights.f32(), a.inner = args.inner.f32();
+  if (plain(args.act, args.experts)) launch_gate_up<DType::INT4, true>(c, args, a);
+  else if (args.experts.dtype == DType::INT4) launch_gate_up<DType::INT4, false>(c, args, a);
+  else if (args.experts.dtype == DType::INT8) launch_gate_up<DType::INT8, false>(c, args, a);
+  else launch_gate_up<DType::BF16, false>(c, args, a);
+}
+
+void moe_few_down(const Context& c, const MoeDownArgs& args) {
+  const DType type = args.experts.dtype, shared = args.shared_down.dtype;
+  Down a{};
+  a.tokens = count(args.h.rows()), a.chosen = count(args.ids.cols()), a.d = count(args.h.cols());
+  const int64_t f = args.inner.cols(), fs = args.shared.cols();
+  a.slabs = count((f + slab_width(type) - 1) / slab_width(type)), a.shared_slabs = count((fs + slab_width(shared) - 1) / slab_width(shared));
+  // The choice must not depend on T
+  const int most = stages_bytes(kSumWarps, kMaxSharedWarps, kMaxColumns) + result_bytes(kFewTokens, a.chosen, a.slabs, a.shared_slabs);
+  if (args.act == Act::F32 || type == DType::F32 || args.shared_act == Act::F32 || (shared != DType::BF16 && shared != DType::INT8) ||
+      static_cast<size_t>(most) > c.shared_max) {
+    moe_exact_down(c, args);
+    return;
+  }
+  a.ids = args.ids.i32(), a.weights = args.weights.f32(), a.inner = args.inner.f32();
+  a.w = make_matrix(args.experts.down(0), 16, 8), a.stride = args.experts.layout().stride;
+  a.shared = args.shared.f32(), a.shared_scale = args.shared_scale.f32(), a.shared_w = make_matrix(args.shared_down, 16, 8), a.h = args.h.f32();
+  a.int8 = args.act == Act::INT8, a.shared_int8 = args.shared_act == Act::INT8, a.shared_t16 = shared == DType::INT8;
+  a.shared_warps = std::min(a.shared_slabs, kMaxSharedWarps), a.columns = std::min(a.tokens, kMaxColumns);
+  auto bytes = [&] {
+    return stages_bytes(a.choice_warps, a.shared_warps, a.columns) + result_bytes(a.tokens, a.chosen, a.slabs, a.shared_slabs);
+  };
+  a.choices = a.tokens * a.chosen, a.tasks = a.choices * a.slabs;
+  a.choice_warps = std::clamp(a.tasks, kSumWarps, kMaxChoiceWarps);
+  while (static_cast<size_t>(bytes()) > c.shared_max) a.choice_warps--;
+  a.results = stages_bytes(a.choice_warps, a.shared_warps, a.columns), a.shared_results = a.results + a.tasks * kPanelRows * 4;
+  a.h_at = a.shared_results + a.tokens * a.shared_slabs * kPanelRows * 4;
+  const auto kernel = plain(args.act, args.experts) ? moe_down_few_k<DType::INT4, true>
+                      : type == DType::INT4         ? moe_down_few_k<DType::INT4, false>
+                      : type == DType::INT8         ? moe_down_few_k<DType::INT8, false>
+                                                    : moe_down_few_k<DType::BF16, false>;
+  launch(c, "moe_down", kernel, dim3(static_cast<unsigned>(a.d / kPanelRows)),
+         dim3(static_cast<unsigned>((a.choice_warps + a.shared_warps) * 32)), static_cast<size_t>(bytes()), a);
+}
+
+}  // namespace qn::cuda

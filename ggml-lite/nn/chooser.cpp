@@ -1,0 +1,45 @@
+#include "ggml-lite/nn/chooser.h"
+
+#include <atomic>
+
+#include "ggml-lite/base/check.h"
+
+namespace qn {
+
+Chooser::Chooser(Device& device, Tensor allowed, int context) : device_(&device), allowed_(allowed), context_(context) {
+  if (!device.samples()) return;
+  history_ = device.alloc((static_cast<size_t>(context) + 1) * sizeof(int32_t), "history of tokens");
+  params_ = device.alloc(sizeof(SampleParams), "sampling parameters");
+  mail_ = device.alloc_mail();
+}
+
+void Chooser::begin(const SampleParams& params, std::span<const int32_t> timeline) {
+  device_->sync();  // nobody writes mail now: what an ended generation still had chosen must not be taken for ours
+  *mail_ = {};
+  device_->upload(history_.data(), timeline.data(), timeline.size_bytes());
+  device_->upload(params_.data(), &params, sizeof params);
+}
+
+void Chooser::choose(const Tensor& logits, const Tensor& ids, StepParams* step) {
+  SampleArgs a;
+  a.logits = logits, a.allowed = allowed_, a.ids = ids, a.step = step, a.mail = mail_;
+  a.history = view(history_.data(), DType::I32, context_ + 1);
+  a.params = static_cast<const SampleParams*>(params_.data());
+  device_->sample(a);
+}
+
+int32_t Chooser::wait(int position) const {
+  std::atomic_ref<uint64_t> slot(mail_->slot[position % kMailSlots]);
+  const auto here = [&](uint64_t v) { return v >> 32 == static_cast<uint64_t>(position); };
+  for (uint64_t n = 1;; n++) {
+    const uint64_t v = slot.load(std::memory_order_acquire);
+    if (here(v)) {
+      if (static_cast<uint32_t>(v) == UINT32_MAX) fail("sampling: no token can be chosen: every logit is NaN, -inf or of an id without a token");
+      return static_cast<int32_t>(static_cast<uint32_t>(v));
+    }
+    // A device that failed never writes; asking it costs more than looking.
+    if (n % 4096 == 0 && device_->idle()) QN_CHECK(here(slot.load(std::memory_order_acquire)), "no token was chosen for position %d", position);
+  }
+}
+
+}  // namespace qn

@@ -1,0 +1,34 @@
+// Choosing tokens on a device that can: it writes the token where the next step reads it and tells the host by mail (core/step.h),
+// so that the host waits for no logits and the steps of a generation are one recording.
+#pragma once
+#include <cstdint>
+#include <span>
+
+#include "ggml-lite/core/device.h"
+
+namespace qn {
+
+class Chooser {
+ public:
+  Chooser() = default;                              // of a device that cannot
+  // allowed (V) U8 or empty; context: positions of the timeline
+  Chooser(Device& device, Tensor allowed, int context);
+  explicit operator bool() const { return mail_; }
+
+  // A generation begins: `timeline` is what the model has seen. Waits for what was started before.
+  void begin(const SampleParams& params, std::span<const int32_t> timeline);
+  // The operation: logits (1, V) -> ids (1), step, mail.
+  void choose(const Tensor& logits, const Tensor& ids, StepParams* step);
+  // Waits for the token at `position`; throws Error when none could be chosen or the device failed.
+  int32_t wait(int position) const;
+
+ private:
+  Device* device_ = nullptr;
+  Tensor allowed_;
+  int context_ = 0;
+  Buffer history_;  // (C + 1) I32
+  Buffer params_;
+  Mail* mail_ = nullptr;
+};
+
+}  // namespace qn

@@ -1,0 +1,721 @@
+// qnext-bench: how fast a model file runs on this machine, and how near that is to what the machine could do.
+//   -p prompts, -n generated tokens, -pg both, at -d tokens of context   as llama-bench
+//   --ops      each operation of a pass timed alone against the bytes it has to move
+//   --passes   a pass over several tokens at once, as checking a draft takes
+// Only the report goes to stdout. Exit codes: 0, 1 bad input, 2 bad usage.
+#include <unistd.h>
+
+#include <algorithm>
+#include <charconv>
+#include <chrono>
+#include <cmath>
+#include <csignal>
+#include <cstring>
+#include <ctime>
+#include <iostream>
+#include <map>
+#include <set>
+
+#include <CLI/CLI.hpp>
+
+#include "ggml-lite/base/file.h"
+#include "ggml-lite/base/json.h"
+#include "ggml-lite/base/term.h"
+#include "ggml-lite/base/threads.h"
+#include "ggml-lite/core/limits.h"
+#include "ggml-lite/core/qn.h"
+#include "qnext.h"
+#include "tests/measure/plot.h"
+
+using namespace qnext;
+using qn::Json;
+
+namespace {
+
+double now() { return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count(); }
+
+// ---- options ----------------------------------------------------------------------------------------------------------
+
+struct Args {
+  Options options;
+  std::vector<std::string> models;
+  std::vector<int> prompts, gens, depths, passes, ops;
+  std::vector<std::pair<int, int>> both;
+  int repetitions = 5;
+  double bandwidth = 0;  // bytes/s
+  std::string format = "md", text, plot;
+  bool no_warmup = false, verbose = false;
+};
+
+int parse_count(std::string_view s, const char* option) {
+  int v = -1;
+  const auto [end, error] = std::from_chars(s.data(), s.data() + s.size(), v);
+  if (error != std::errc() || end != s.data() + s.size() || v < 0 || v > qn::kMaxContext)
+    qn::fail("%s: expected whole numbers from 0 to %lld, as in 512, 1,2,3, 512-2048, 0-4096+1024 or 512-8192*2; got \"%.*s\"", option,
+             static_cast<long long>(qn::kMaxContext), static_cast<int>(s.size()), s.data());
+  return v;
+}
+
+std::vector<std::string_view> split(std::string_view s, char at) {
+  std::vector<std::string_view> out;
+  for (size_t end; (end = s.find(at)) != s.npos; s.remove_prefix(end + 1)) out.push_back(s.substr(0, end));
+  out.push_back(s);
+  return out;
+}
+
+// "1,2,3", "first-last", "first-last+step", "first-last*factor"; each value once
+std::vector<int> parse_list(const std::vector<std::string>& given, const char* option) {
+  std::vector<int> out;
+  const auto add = [&](int v) {
+    if (std::ranges::find(out, v) == out.end()) out.push_back(v);
+    if (out.size() > 1000) qn::fail("%s: more than 1000 values", option);
+  };
+  for (const std::string& s : given)
+    for (std::string_view item : split(s, ',')) {
+      const size_t dash = item.find('-'), by = item.find_first_of("+*");
+      if (dash == item.npos || by < dash) {
+        add(parse_count(item, option));
+        continue;
+      }
+      const int first = parse_count(item.substr(0, dash), option);
+      const int last = parse_count(item.substr(dash + 1, by - std::min(by, dash + 1)), option);
+      const int step = by == item.npos ? 1 : parse_count(item.substr(by + 1), option);
+      const bool times = by != item.npos && item[by] == '*';
+      if (first > last || step < (times ? 2 : 1) || (times && first < 1))
+        qn::fail("%s: cannot count through \"%.*s\"; expected first-last, first-last+step or first-last*factor with first <= last", option,
+                 static_cast<int>(item.size()), item.data());
+      for (int64_t v = first; v <= last; v = times ? v * step : v + step) add(static_cast<int>(v));
+    }
+  return out;
+}
+
+// Throws CLI::ParseError or Error: bad usage.
+void parse_args(CLI::App& app, Args& a, int argc, char** argv) {
+  std::vector<std::string> prompts, gens, both, depths, passes, ops;
+  double bandwidth = 0;
+  app.get_formatter()->column_width(32);
+  app.footer("Lists: 1,2,3 or ranges first-last, first-last+step, first-last*factor; 0 leaves a kind of test out.\n"
+             "-pg and -ub work as in llama-bench.");
+  app.add_option("-m,--model", a.models, "model file (repeatable)")->type_name("FILE")->required()->expected(1)
+      ->multi_option_policy(CLI::MultiOptionPolicy::TakeAll)->allow_extra_args(false);
+  const auto list = [&](const char* flags, std::vector<std::string>& to, const char* help) {
+    return app.add_option(flags, to, help)->type_name("LIST")->expected(1)
+        ->multi_option_policy(CLI::MultiOptionPolicy::TakeAll)->allow_extra_args(false);
+  };
+  list("-p,--n-prompt", prompts, "time prompts of so many tokens (default 512)");
+  list("-n,--n-gen", gens, "time generating so many tokens (default 128)");
+  list("--pg", both, "time a prompt of P tokens and G more (repeatable)")->type_name("P,G");
+  list("-d,--n-depth", depths, "with so many tokens of context before (default 0)");
+  app.add_option("-r,--repetitions", a.repetitions, "of each test, after one to warm up (default 5)")->type_name("N")
+      ->check(CLI::Range(1, 10000));
+  app.add_flag("--no-warmup", a.no_warmup, "without the one to warm up");
+  app.add_option("-f,--file", a.text, "prompts from this text, repeated as needed (default: random tokens)")->type_name("FILE");
+  list("--ops", ops, "time each operation of a pass over N tokens alone (default 1)")->type_name("[LIST]")->expected(0, 1)
+      ->default_str("1");
+  list("--passes", passes, "time a pass over N tokens at once, as checking a draft takes");
+  app.add_option("--bandwidth", bandwidth, "what this memory is known to read: % of roofline is of that, unless more is measured")
+      ->type_name("GB/s")->check(CLI::NonNegativeNumber);
+  app.add_option("-o,--output", a.format, "md, csv, json, jsonl or sql (default md)")->type_name("FORMAT")
+      ->check(CLI::IsMember({"md", "csv", "json", "jsonl", "sql"}));
+  app.add_option("--plot", a.plot, "draw prefill and decode speed")->type_name("FILE.png");
+  app.add_flag("-v,--verbose", a.verbose, "progress on stderr");
+  for (const OptionRow& row : options_table()) {
+    if (*row.value)
+      app.add_option_function<std::string>(row.flags, [&a, &row](const std::string& v) { row.set(a.options, v); }, row.help)
+          ->type_name(row.value)->group("Engine");
+    else
+      app.add_flag_function(row.flags, [&a, &row](int64_t) { row.set(a.options, ""); }, row.help)->group("Engine");
+  }
+  std::vector<const char*> args(argv, argv + argc);  // names of two letters after one dash
+  for (const char*& arg : args) arg = !std::strcmp(arg, "-pg") ? "--pg" : !std::strcmp(arg, "-ub") ? "--ubatch" : arg;
+  app.parse(argc, args.data());
+
+  const auto given = [](const std::vector<std::string>& from, const char* option, std::vector<int> otherwise) {
+    return from.empty() ? otherwise : parse_list(from, option);
+  };
+  a.prompts = given(prompts, "-p", {512}), a.gens = given(gens, "-n", {128}), a.depths = given(depths, "-d", {0});
+  a.passes = given(passes, "--passes", {}), a.ops = given(ops, "--ops", {});
+  for (const std::string& s : both) {
+    const auto parts = split(s, ',');
+    if (parts.size() != 2 || parse_count(parts[0], "-pg") < 1 || parse_count(parts[1], "-pg") < 1)
+      qn::fail("-pg: expected two numbers of at least 1, as in 512,128; got \"%s\"", s.c_str());
+    a.both.emplace_back(parse_count(parts[0], "-pg"), parse_count(parts[1], "-pg"));
+  }
+  a.bandwidth = bandwidth * 1e9;
+}
+
+// ---- what is measured -------------------------------------------------------------------------------------------------
+
+struct Statistic {
+  double mean = NAN, sd = 0;
+};
+Statistic statistic(const std::vector<double>& samples) {
+  if (samples.empty()) return {};
+  const auto n = static_cast<double>(samples.size());
+  double sum = 0, squares = 0;
+  for (double v : samples) sum += v;
+  for (double v : samples) squares += (v - sum / n) * (v - sum / n);
+  return {sum / n, n > 1 ? std::sqrt(squares / (n - 1)) : 0};
+}
+
+struct Result {
+  enum Kind { Test, Operation, Pass } kind = Test;
+  std::string name;                  // "pp512 @ d4096"; of an operation its name
+  int prompt = 0, gen = 0, depth = 0;
+  int rows = 0, calls = 0;           // of a pass over `rows` tokens; operations of one kind in it
+  std::string when;                  // ISO 8601
+  std::vector<double> seconds, ttft;  // of each repetition; until the first token was there
+  double bytes = NAN, flops = NAN;   // that a generated token or a pass has to move; that a repetition has to compute
+
+  double tokens() const { return kind == Operation ? NAN : kind == Pass ? rows : prompt + gen; }
+  Statistic speed() const {
+    std::vector<double> v;
+    for (double s : seconds) v.push_back(tokens() / s);
+    return statistic(v);
+  }
+  double moved_per_second() const { return bytes * (kind == Test ? gen : 1) / statistic(seconds).mean; }
+};
+
+// A model on its device, and what was measured there.
+struct Run {
+  std::string path, label;
+  ModelInfo info;
+  Plan plan;
+  int threads = 0, attention_layers = 0;
+  double open_seconds = 0, measured = 0, roof = 0;  // bytes/s: a plain read here and now; the larger of that and --bandwidth
+  qn::LoadReport load;
+  MemoryUse memory{};
+  uint64_t measured_in = 0;  // resident set while bandwidth was measured, if that raised it
+  std::vector<Result> results;
+
+  double roof_percent(const Result& r) const { return 100 * r.moved_per_second() / roof; }
+  uint64_t planned() const { return plan.weights + plan.kv + plan.state + plan.scratch; }
+};
+
+// Floating point operations that `count` tokens from `position` on need: two per weight and token, attention over what lies before,
+// the delta rule in its recurrent form (decay is not counted), the head for the last token only.
+double flops(const Run& run, double position, double count) {
+  const ModelInfo& m = run.info;
+  const double d = m.width, attention = run.attention_layers, delta = m.layers - attention;
+  const double values = 1.0 * m.value_heads * m.value_dim, channels = 2.0 * m.key_heads * m.key_dim + values;
+  const double attention_weights = d * 2 * (m.heads + m.kv_heads) * m.head_dim + d * m.heads * m.head_dim;
+  const double delta_weights = d * (channels + values + 2 * m.value_heads) + channels * m.conv + values * d;
+  const double moe_weights = d * m.experts + 3 * d * m.chosen * m.expert_width + 3 * d * m.shared_width + d;
+  const double weights = attention * attention_weights + delta * delta_weights + m.layers * moe_weights;
+  const double per_token = 2 * weights + delta * 6 * values * m.key_dim;
+  const double seen = count * position + count * (count + 1) / 2;  // keys, over all tokens
+  return count * per_token + attention * 4 * m.heads * m.head_dim * seen + 2.0 * m.vocab * d;
+}
+
+std::string iso_time() {
+  const std::time_t t = std::time(nullptr);
+  char s[32];
+  std::strftime(s, sizeof s, "%Y-%m-%dT%H:%M:%SZ", std::gmtime(&t));
+  return s;
+}
+
+class Bench {
+ public:
+  Bench(Engine& engine, const Args& args, Run& run, const std::vector<int32_t>& text)
+      : engine_(engine), args_(args), run_(run), text_(text), session_(engine) {
+    for (int32_t id = 0; text.empty() && id < engine.info().vocab; id++)  // special tokens would mark turns, and cut passes
+      if (!engine.has_tokenizer() || (engine.shown(id) && !engine.token_bytes(id).empty())) ids_.push_back(id);
+    if (text.empty() && ids_.empty()) qn::fail("%s: the tokenizer has no tokens to make a prompt of", run.path.c_str());
+  }
+
+  void all(const std::function<void(const Result&)>& emit) {
+    const auto done = [&](Result r) {
+      run_.memory.device_used = std::max(run_.memory.device_used, engine_.memory_use().device_used);
+      run_.results.push_back(std::move(r));
+      emit(run_.results.back());
+    };
+    for (int depth : args_.depths) {
+      for (int p : args_.prompts)
+        if (p) done(prompt(p, 0, depth));
+      for (int n : args_.gens)
+        if (n) done(generate(n, depth));
+      for (const auto& [p, n] : args_.both) done(prompt(p, n, depth));
+      for (int rows : args_.passes)
+        if (rows) done(pass(rows, depth));
+      for (int rows : args_.ops)
+        if (rows)
+          for (Result& r : operations(rows, depth)) done(std::move(r));
+    }
+  }
+
+ private:
+  // The session at `position`: by going back to the checkpoint there, or once anew. Nothing is left to do for the device.
+  void go_to(int position) {
+    if (position == 0 || base_ != position || session_.rewind(position) != position) {
+      session_.clear();
+      if (position > 1 && text_.empty()) session_.pretend(position, 1);
+      else if (position > 0) session_.sync(following(position, 0));
+      base_ = position;
+    }
+    session_.logits();
+  }
+
+  // The timeline of the session and `count` tokens more: others for every `turn`, but the same in every run.
+  std::vector<int32_t> following(int count, int turn) const {
+    std::vector<int32_t> all = session_.tokens();
+    const size_t begin = all.size() + static_cast<size_t>(turn) * static_cast<size_t>(count);
+    for (size_t i = begin; i < begin + static_cast<size_t>(count); i++) {
+      const auto random = static_cast<size_t>(qn::counter_uniform(1, i, 0) * static_cast<double>(ids_.size()));
+      all.push_back(text_.empty() ? ids_[random] : text_[i % text_.size()]);
+    }
+    return all;
+  }
+
+  // Generates n tokens as a user gets them and waits for the pass over the last; returns when the first one came.
+  double tokens_out(int n) {
+    GenerateParams p;
+    p.max_tokens = n, p.stop_at_end_tokens = false;
+    double first = 0;
+    const GenerateResult r = session_.generate(p, [&](const Delivery&) {
+      if (first == 0) first = now();
+      return true;
+    });
+    if (static_cast<int>(r.ids.size()) != n) qn::fail("%s: generated %zu tokens, expected %d", run_.path.c_str(), r.ids.size(), n);
+    session_.logits();
+    return first;
+  }
+
+  Result begin(std::string name, int depth, Result::Kind kind = Result::Test) const {
+    Result r;
+    r.kind = kind, r.name = std::move(name), r.depth = depth, r.when = iso_time();
+    if (depth) r.name += " @ d" + std::to_string(depth);
+    if (args_.verbose) std::cerr << "qnext-bench: " << run_.label << ": " << r.name << std::endl;
+    return r;
+  }
+  int first_turn() const { return args_.no_warmup ? 1 : 0; }
+
+  // A prompt of p tokens, then n generated ones; n = 0: the prompt alone counts, and one token tells the time to it.
+  Result prompt(int p, int n, int depth) {
+    Result r = begin("pp" + std::to_string(p) + (n ? "+tg" + std::to_string(n) : ""), depth);
+    r.prompt = p, r.gen = n;
+    if (!n) r.flops = flops(run_, depth, p);
+    for (int turn = first_turn(); turn <= args_.repetitions; turn++) {
+      go_to(depth);
+      const std::vector<int32_t> tokens = following(p, turn);
+      const bool room = static_cast<int>(tokens.size()) < session_.context();
+      const double start = now();
+      session_.sync(tokens);
+      const double synced = now();
+      const double first = room ? tokens_out(std::max(n, 1)) : NAN, end = n ? now() : synced;
+      if (!turn) continue;
+      r.seconds.push_back(end - start);
+      if (room) r.ttft.push_back(first - start);
+    }
+    return r;
+  }
+
+  Result generate(int n, int depth) {
+    Result r = begin("tg" + std::to_string(n), depth);
+    r.gen = n;
+    for (int turn = first_turn(); turn <= args_.repetitions; turn++) {
+      go_to(std::max(depth, 1));
+      const auto before = static_cast<double>(session_.bytes_per_pass(1));
+      const double start = now();
+      tokens_out(turn ? n : std::min(n, 32));
+      if (!turn) continue;
+      r.seconds.push_back(now() - start);
+      r.bytes = (before + static_cast<double>(session_.bytes_per_pass(1))) / 2;  // the cache grows evenly in between
+    }
+    return r;
+  }
+
+  Result pass(int rows, int depth) {
+    Result r = begin("pass" + std::to_string(rows), depth, Result::Pass);
+    r.rows = rows;
+    for (int turn = first_turn(); turn <= args_.repetitions; turn++) {
+      go_to(depth);
+      const std::vector<int32_t> tokens = following(rows, turn);
+      const double start = now();
+      session_.sync(tokens);
+      if (turn) r.seconds.push_back(now() - start);
+    }
+    go_to(std::max(depth, 1));
+    r.bytes = static_cast<double>(session_.bytes_per_pass(rows));
+    return r;
+  }
+
+  std::vector<Result> operations(int rows, int depth) {
+    const Result proto = begin("operations of " + std::to_string(rows), depth, Result::Operation);
+    std::vector<Result> out;
+    go_to(std::max(depth, 1));
+    for (const OpTime& op : session_.profile(rows)) {
+      Result r = proto;
+      r.name = op.name, r.rows = rows, r.calls = op.calls;
+      r.seconds = {op.seconds}, r.bytes = static_cast<double>(op.bytes);
+      out.push_back(std::move(r));
+    }
+    return out;
+  }
+
+  Engine& engine_;
+  const Args& args_;
+  Run& run_;
+  const std::vector<int32_t>& text_;
+  std::vector<int32_t> ids_;  // to draw from
+  Session session_;
+  int base_ = 0;              // position that go_to() prepared
+};
+
+// ---- the report for programs --------------------------------------------------------------------------------------------
+
+struct Field {
+  const char *name, *type;  // type: of a column in SQL
+  Json value;               // null: means nothing for this kind of test
+};
+
+Json number(double v) { return std::isfinite(v) ? Json::number(v) : Json(); }
+Json whole(double v) { return std::isfinite(v) ? Json::number(static_cast<int64_t>(std::llround(v))) : Json(); }
+
+// One list for every format; the same names in the same order for every test.
+std::vector<Field> fields(const Run& run, const Result& r) {
+  static const char* const kinds[] = {"test", "operation", "pass"};
+  const Statistic ns = statistic(r.seconds), ts = r.speed(), ttft = statistic(r.ttft);
+  const bool gpu = run.memory.device_total > 0, decode = r.kind == Result::Test && r.gen && !r.prompt;
+  const auto text = [](const std::string& s) { return Json::string(s); };
+  const auto bytes = [](uint64_t v) { return Json::number(static_cast<int64_t>(v)); };
+  return {
+      {"model_filename", "TEXT", text(run.path)}, {"model_name", "TEXT", text(run.info.name)},
+      {"model_size", "INTEGER", bytes(run.info.file_bytes)},
+      {"experts_format", "TEXT", text(run.info.experts_format)}, {"rest_format", "TEXT", text(run.info.rest_format)},
+      {"device", "TEXT", text(run.plan.device)}, {"act", "TEXT", text(run.plan.act)}, {"kv_type", "TEXT", text(run.plan.kv_type)},
+      {"n_ctx", "INTEGER", whole(run.plan.ctx)}, {"n_ubatch", "INTEGER", whole(run.plan.ubatch)},
+      {"n_threads", "INTEGER", whole(run.threads)},
+      {"kind", "TEXT", text(kinds[r.kind])}, {"test", "TEXT", text(r.name)},
+      {"n_prompt", "INTEGER", whole(r.prompt)}, {"n_gen", "INTEGER", whole(r.gen)}, {"n_depth", "INTEGER", whole(r.depth)},
+      {"n_rows", "INTEGER", whole(r.rows)}, {"n_calls", "INTEGER", whole(r.calls)},
+      {"test_time", "TEXT", text(r.when)},
+      {"avg_ns", "INTEGER", whole(1e9 * ns.mean)}, {"stddev_ns", "INTEGER", whole(1e9 * ns.sd)},
+      {"avg_ts", "REAL", number(ts.mean)}, {"stddev_ts", "REAL", number(std::isfinite(ts.mean) ? ts.sd : NAN)},
+      {"avg_us_per_token", "REAL", number(decode ? 1e6 * ns.mean / r.gen : NAN)},
+      {"bytes_moved", "INTEGER", whole(r.bytes)}, {"gb_per_second", "REAL", number(r.moved_per_second() / 1e9)},
+      {"roofline_gb_per_second", "REAL", number(run.roof / 1e9)}, {"roofline_percent", "REAL", number(run.roof_percent(r))},
+      {"tflop_per_second", "REAL", number(r.flops / ns.mean / 1e12)},
+      {"avg_ttft_ns", "INTEGER", whole(1e9 * ttft.mean)}, {"stddev_ttft_ns", "INTEGER", whole(r.ttft.empty() ? NAN : 1e9 * ttft.sd)},
+      {"open_seconds", "REAL", number(run.open_seconds)}, {"load_seconds", "REAL", number(gpu ? run.load.seconds : NAN)},
+      {"load_gb_per_second", "REAL", number(static_cast<double>(run.load.bytes) / run.load.seconds / 1e9)},
+      {"vram_bytes", "INTEGER", gpu ? bytes(run.memory.device_used) : Json()}, {"planned_bytes", "INTEGER", bytes(run.planned())},
+      {"rss_peak_bytes", "INTEGER", bytes(qn::peak_rss())},
+  };
+}
+
+// A string literal in which `quote` is doubled; other values as JSON writes them, null as `null`.
+std::string literal(const Json& v, char quote, const char* null) {
+  if (v.is_null()) return null;
+  if (!v.is_string()) return v.dump();
+  std::string s(1, quote);
+  for (char c : v.as_string("")) s.append(c == quote ? 2 : 1, c);
+  return s + quote;
+}
+
+std::string record(const Run& run, const Result& r) {
+  Json o = Json::object(), ns = Json::array(), ts = Json::array();
+  for (Field& f : fields(run, r)) o.set(f.name, std::move(f.value));
+  for (double s : r.seconds) ns.push(whole(1e9 * s)), ts.push(number(r.tokens() / s));
+  return o.set("samples_ns", std::move(ns)).set("samples_ts", std::move(ts)).dump();
+}
+
+// ---- the report for people ----------------------------------------------------------------------------------------------
+
+struct Column {
+  const char* title;
+  int width;
+  bool left = false;
+};
+
+void table_row(const std::vector<Column>& columns, const std::vector<std::string>& cells) {
+  std::string s = "|";
+  for (size_t i = 0; i < columns.size(); i++) {
+    const int free = columns[i].width - qn::text_columns(cells[i]);
+    const std::string pad(static_cast<size_t>(std::max(free, 0)), ' ');
+    s += " " + (columns[i].left ? cells[i] + pad : pad + cells[i]) + " |";
+  }
+  std::cout << s << std::endl;
+}
+
+void table_head(const std::vector<Column>& columns) {
+  std::vector<std::string> titles, rules;
+  for (const Column& c : columns) {
+    titles.push_back(c.title);
+    rules.push_back(std::string(static_cast<size_t>(c.width) - !c.left, '-') + (c.left ? "" : ":"));
+  }
+  table_row(columns, titles), table_row(columns, rules);
+}
+
+std::string fixed(double v, int digits) { return std::isfinite(v) ? qn::format("%.*f", digits, v) : ""; }
+
+std::vector<Column> test_columns(const Run& first) {
+  return {{"model", std::max(24, qn::text_columns(first.label)), true}, {"size", 9},
+          {"device", std::max(6, qn::text_columns(first.plan.device)), true}, {"act", 4, true}, {"kv", 4, true},
+          {"test", 16}, {"t/s", 19}, {"us/token", 9}, {"GB/token", 8}, {"GB/s", 7}, {"% roof", 6}, {"TFLOP/s", 7}, {"TTFT ms", 9}};
+}
+
+void test_row(const std::vector<Column>& columns, const Run& run, const Result& r) {
+  const Statistic ts = r.speed();
+  const double mean = statistic(r.seconds).mean;
+  table_row(columns, {run.label, qn::human_gib(run.info.file_bytes), run.plan.device, run.plan.act, run.plan.kv_type, r.name,
+                      fixed(ts.mean, 2) + " ± " + fixed(ts.sd, 2), r.prompt ? "" : fixed(1e6 * mean / r.gen, 1), fixed(r.bytes / 1e9, 3),
+                      fixed(r.moved_per_second() / 1e9, 1), fixed(run.roof_percent(r), 1), fixed(r.flops / mean / 1e12, 2),
+                      fixed(1e3 * statistic(r.ttft).mean, 1)});
+}
+
+// Times relative to the smallest pass at the same depth (that over one token, when asked for).
+void pass_table(const Run& run, int depth) {
+  const Result* base = nullptr;
+  for (const Result& r : run.results)
+    if (r.kind == Result::Pass && r.depth == depth && (!base || r.rows < base->rows)) base = &r;
+  if (!base) return;
+  std::cout << '\n' << run.label << ": passes over several tokens at once, depth " << depth << "\n\n";
+  const std::vector<Column> columns = {{"tokens", 6}, {"ms", 17}, {"x time", 6}, {"GB", 8}, {"x bytes", 7}, {"GB/s", 7}, {"% roof", 6},
+                                       {"t/s", 10}};
+  table_head(columns);
+  for (const Result& r : run.results)
+    if (r.kind == Result::Pass && r.depth == depth) {
+      const Statistic s = statistic(r.seconds);
+      table_row(columns, {std::to_string(r.rows), fixed(1e3 * s.mean, 3) + " ± " + fixed(1e3 * s.sd, 3),
+                          fixed(s.mean / statistic(base->seconds).mean, 2), fixed(r.bytes / 1e9, 3), fixed(r.bytes / base->bytes, 2),
+                          fixed(r.moved_per_second() / 1e9, 1), fixed(run.roof_percent(r), 1), fixed(r.speed().mean, 1)});
+    }
+}
+
+void operation_table(const Run& run, int depth, int rows) {
+  Result sum;
+  sum.kind = Result::Operation, sum.name = "sum", sum.bytes = 0, sum.seconds = {0};
+  std::vector<const Result*> list;
+  double token = NAN;  // seconds of a whole decoded token or pass, if that was measured
+  for (const Result& r : run.results) {
+    const double mean = statistic(r.seconds).mean;
+    if (r.depth != depth) continue;
+    if (r.kind == Result::Test && rows == 1 && r.gen && !r.prompt) token = mean / r.gen;
+    if (r.kind == Result::Pass && r.rows == rows && rows > 1) token = mean;
+    if (r.kind != Result::Operation || r.rows != rows) continue;
+    list.push_back(&r);
+    sum.calls += r.calls, sum.bytes += r.bytes, sum.seconds[0] += mean;
+  }
+  if (list.empty()) return;
+  list.push_back(&sum);
+  std::cout << '\n' << run.label
+            << qn::format(": each operation of a pass over %d token%s alone, depth %d", rows, rows == 1 ? "" : "s", depth) << "\n\n";
+  const std::vector<Column> columns = {{"operation", 20, true}, {"calls", 5}, {"us", 10}, {"MB", 10}, {"GB/s", 7}, {"% roof", 6},
+                                       {"% of sum", 8}};
+  table_head(columns);
+  for (const Result* r : list)
+    table_row(columns, {r->name, std::to_string(r->calls), fixed(1e6 * r->seconds[0], 1), fixed(r->bytes / 1e6, 2),
+                        fixed(r->moved_per_second() / 1e9, 1), fixed(run.roof_percent(*r), 1),
+                        fixed(100 * r->seconds[0] / sum.seconds[0], 1)});
+  if (std::isfinite(token)) std::cout << '\n' << qn::format("all together %.1f us, measured as a whole", 1e6 * token) << '\n';
+}
+
+void notes(const Run& run) {
+  const qn::LoadReport& l = run.load;
+  const Plan& p = run.plan;
+  const auto line = [](const char* what, const std::string& text) { std::cout << qn::format("  %-10s ", what) << text << '\n'; };
+  const auto gib = [](uint64_t v) { return qn::human_gib(v); };
+  std::cout << '\n' << run.label << " (" << run.path << "), "
+            << qn::format("%d positions, passes of %d, %d threads", p.ctx, p.ubatch, run.threads) << '\n';
+  std::string load = qn::human_bytes(run.info.file_bytes) + " mapped";
+  if (l.bytes) {
+    const double all = l.seconds * l.threads / 100;
+    load = qn::format("%s in %.2f s, %.1f GB/s by %d threads: reading %.0f %%, checksums %.0f %%, waiting for a buffer %.0f %%",
+                      qn::human_bytes(l.bytes).c_str(), l.seconds, static_cast<double>(l.bytes) / l.seconds / 1e9, l.threads,
+                      l.read / all, l.check / all, l.wait / all);
+  }
+  line("load", load + qn::format("; ready after %.2f s", run.open_seconds));
+  line("bandwidth", (run.measured > 0 ? qn::format("%.1f GB/s measured by a plain read", run.measured / 1e9) : "not measured on this device") +
+                        (run.roof > 0 ? qn::format("; %% roof is of %.1f GB/s", run.roof / 1e9) : ""));
+  line("memory", qn::format("planned %s: weights %s, cache %s, state %s, scratch %s", gib(run.planned()).c_str(), gib(p.weights).c_str(),
+                            gib(p.kv).c_str(), gib(p.state).c_str(), gib(p.scratch).c_str()));
+  const double used = static_cast<double>(run.memory.device_used), planned = static_cast<double>(run.planned());
+  if (run.memory.device_total)
+    line("", qn::format("VRAM in use %s of %s, %+.1f %% against the plan", gib(run.memory.device_used).c_str(),
+                        gib(run.memory.device_total).c_str(), 100 * (used / planned - 1)));
+  line("", "resident set of the process " + gib(qn::peak_rss()) + " at its peak" +
+               (run.measured_in ? ", which was while measuring bandwidth unless it is above " + gib(run.measured_in) : ""));
+}
+
+// ---- both -----------------------------------------------------------------------------------------------------------------
+
+class Output {
+ public:
+  explicit Output(const std::string& format) : format_(format) {}
+
+  void add(const Run& run, const Result& r) {
+    const bool first = count_++ == 0;
+    if (format_ == "md") {
+      if (r.kind != Result::Test) return;
+      if (columns_.empty()) columns_ = test_columns(run), table_head(columns_);
+      return test_row(columns_, run, r);
+    }
+    if (format_ == "json") std::cout << (first ? "[\n  " : ",\n  ") << record(run, r) << std::flush;
+    if (format_ == "jsonl") std::cout << record(run, r) << std::endl;
+    if (format_ != "csv" && format_ != "sql") return;
+    const bool sql = format_ == "sql";
+    std::string names, types, values;
+    for (const Field& f : fields(run, r)) {
+      const char* comma = names.empty() ? "" : sql ? ", " : ",";
+      names += std::string(comma) + f.name;
+      types += std::string(comma) + f.name + " " + f.type;
+      values += comma + literal(f.value, sql ? '\'' : '"', sql ? "NULL" : "");
+    }
+    if (first) std::cout << (sql ? "CREATE TABLE IF NOT EXISTS qnext_bench (" + types + ");\n" : names + "\n");
+    std::cout << (sql ? "INSERT INTO qnext_bench (" + names + ") VALUES (" + values + ");" : values) << std::endl;
+  }
+
+  void end(const std::vector<Run>& runs, const Args& a) const {
+    if (format_ == "json") std::cout << (count_ ? "\n]\n" : "[]\n");
+    if (format_ == "md")
+      for (const Run& run : runs) {
+        for (int depth : std::set<int>(a.depths.begin(), a.depths.end())) {
+          pass_table(run, depth);
+          for (int rows : std::set<int>(a.ops.begin(), a.ops.end())) operation_table(run, depth, rows);
+        }
+        notes(run);
+      }
+    if (!std::cout.flush()) qn::fail("standard output: could not be written");
+  }
+
+ private:
+  std::string format_;
+  std::vector<Column> columns_;
+  size_t count_ = 0;
+};
+
+// Prefill over the size of the prompt (over depth, when there is one size), decode over depth.
+std::vector<plot::Panel> panels(const std::vector<Run>& runs, const Args& a) {
+  const std::set<int> sizes(a.prompts.begin(), a.prompts.end()), gens(a.gens.begin(), a.gens.end());
+  const std::set<int> depths(a.depths.begin(), a.depths.end());
+  const bool over_depth = sizes.size() == 1 && depths.size() > 1;
+  const bool one_device = std::ranges::all_of(runs, [&](const Run& r) { return r.plan.device == runs[0].plan.device; });
+  const std::string where = one_device ? ", " + runs[0].plan.device : "";
+  std::vector<plot::Panel> out = {{(over_depth ? "prefill of " + std::to_string(*sizes.begin()) : "prefill") + where,
+                                   over_depth ? "tokens before it" : "tokens of the prompt", "tokens/s", {}},
+                                  {"decode" + where, "tokens before it", "tokens/s", {}}};
+  for (const Run& run : runs) {
+    std::string name = run.label;
+    for (const Run& other : runs)
+      if (&other != &run && other.label == run.label) name = run.path;
+    if (!one_device) name += ", " + run.plan.device;
+    std::map<int, plot::Series> prefill, decode;  // by depth; by tokens generated
+    for (const Result& r : run.results) {
+      const double speed = r.speed().mean;
+      if (r.kind != Result::Test || (r.prompt && r.gen)) continue;
+      if (r.gen) decode[r.gen].points.push_back({static_cast<double>(r.depth), speed});
+      else if (over_depth) prefill[0].points.push_back({static_cast<double>(r.depth), speed});
+      else prefill[r.depth].points.push_back({static_cast<double>(r.prompt), speed});
+    }
+    for (auto* lines : {&prefill, &decode})
+      for (auto& [key, series] : *lines) {
+        series.name = name;
+        if (lines == &prefill && !over_depth && depths.size() > 1) series.name += " @ d" + std::to_string(key);
+        if (lines == &decode && gens.size() > 1) series.name += " tg" + std::to_string(key);
+        std::ranges::sort(series.points, {}, &plot::Point::x);
+        out[lines == &prefill ? 0 : 1].series.push_back(series);
+      }
+  }
+  std::erase_if(out, [](const plot::Panel& p) { return p.series.empty(); });
+  return out;
+}
+
+// ---- the program --------------------------------------------------------------------------------------------------------
+
+// Positions that the tests need; what generates at depth 0 has one token before it.
+int positions(const Args& a) {
+  int read = 1, made = 0;
+  for (const auto* list : {&a.prompts, &a.passes})
+    for (int v : *list) read = std::max(read, v);
+  for (const auto* list : {&a.gens, &a.ops})
+    for (int v : *list) made = std::max(made, v);
+  for (const auto& [p, n] : a.both) read = std::max(read, p + n);
+  const int depth = *std::ranges::max_element(a.depths);
+  return std::max(depth + read, std::max(depth, 1) + made);
+}
+
+void run_model(const std::string& path, const Args& a, std::vector<Run>& runs, Output& output) {
+  Run& run = runs.emplace_back();
+  run.path = path;
+  Options options = a.options;
+  const int need = positions(a);
+  {
+    const qn::QnFile file = qn::QnFile::open(path);
+    for (int64_t kind : file.integers("model.layer_kinds", qn::kMaxLayers, 0, 1)) run.attention_layers += kind == 1;
+    const auto most = static_cast<int>(file.integer("model.context", 1, qn::kMaxContext));
+    if (!options.ctx) options.ctx = std::min((need + 256) / 256 * 256, most);
+    if (need > options.ctx)
+      qn::fail("%s: the tests need %d positions, but %s; use smaller -p, -n or -d", path.c_str(), need,
+               a.options.ctx ? qn::format("--ctx gives %d", options.ctx).c_str() : qn::format("the model was made for %d", most).c_str());
+  }
+  const double start = now();
+  Engine engine = Engine::open(path, options, a.verbose ? qn::progress_bars("B") : qn::Progress());
+  run.open_seconds = now() - start;
+  run.info = engine.info(), run.plan = engine.plan(), run.load = engine.load_report(), run.memory = engine.memory_use();
+  run.label = (run.info.name.empty() ? path : run.info.name) + " " + run.info.experts_format + "/" + run.info.rest_format;
+  run.threads = options.threads ? options.threads : qn::default_threads();
+  const uint64_t before = qn::peak_rss();
+  run.measured = engine.read_bandwidth();
+  if (qn::peak_rss() > before + (64 << 20)) run.measured_in = qn::peak_rss();
+  else if (runs.size() > 1) run.measured_in = runs[runs.size() - 2].measured_in;
+  run.roof = std::max(run.measured, a.bandwidth);
+  const int most_rows = std::min(run.plan.ubatch, run.plan.ctx);
+  for (const auto* list : {&a.passes, &a.ops})
+    for (int rows : *list)
+      if (rows > most_rows)
+        qn::fail("--passes and --ops: a pass takes at most %d tokens here, got %d; use a larger --ubatch", most_rows, rows);
+  std::vector<int32_t> text;
+  if (!a.text.empty()) {
+    if (!engine.has_tokenizer())
+      qn::fail("%s: the file has no tokenizer, so -f cannot be read; leave it out for random tokens", path.c_str());
+    text = engine.tokenize(qn::read_text(a.text, 1 << 30), false);
+    if (text.empty()) qn::fail("%s: the text is empty", a.text.c_str());
+  }
+  Bench(engine, a, run, text).all([&](const Result& r) { output.add(run, r); });
+}
+
+int run(const Args& a) {
+  std::optional<qn::OutFile> picture;  // refused before, not after hours of measuring
+  if (!a.plot.empty() && plot::can_write_png()) picture.emplace(a.plot);
+  else if (!a.plot.empty())
+    std::cerr << "qnext-bench: --plot: nothing is drawn: stb_image_write.h was missing; install libstb-dev and build again\n";
+  std::vector<Run> runs;
+  runs.reserve(a.models.size());
+  Output output(a.format);
+  for (const std::string& path : a.models) run_model(path, a, runs, output);
+  output.end(runs, a);
+  if (!picture) return 0;
+  const std::vector<plot::Panel> p = panels(runs, a);
+  if (p.empty()) qn::fail("--plot: no prompt and no generation alone was measured, so there is nothing to draw; use -p or -n");
+  picture->write(0, plot::png(plot::draw(p)));
+  picture->commit();
+  return 0;
+}
+
+void stop(int signal) {
+  qn::remove_unfinished_files();
+  _exit(128 + signal);
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  Args args;
+  CLI::App app("How fast a model runs here, and how near to what the machine could do.", "qnext-bench");
+  try {
+    parse_args(app, args, argc, argv);
+  } catch (const CLI::Success& e) {
+    return app.exit(e);
+  } catch (const std::exception& e) {
+    std::cerr << "qnext-bench: " << e.what() << " (see qnext-bench --help)\n";
+    return 2;
+  }
+  for (const int s : {SIGINT, SIGTERM, SIGHUP})
+    if (std::signal(s, stop) == SIG_IGN) std::signal(s, SIG_IGN);
+  try {
+    return run(args);
+  } catch (const std::exception& e) {
+    std::cerr << "qnext-bench: " << qn::format("%s", e.what()) << '\n';
+    return 1;
+  }
+}

@@ -1,0 +1,220 @@
+// The whole model on a GPU. Where there is none every case says SKIPPED.
+#include <doctest/doctest.h>
+
+#include <cmath>
+#include <cstring>
+
+#include "cuda/cuda.h"
+#include "ggml-lite/base/safetensors.h"
+#include "qnext.h"
+#include "tests/close.h"
+#include "tests/models.h"
+
+namespace {
+
+using namespace qnext;
+using qn::DType;
+using qn::SafeTensors;
+using qn::TestModels;
+using Floats = std::vector<float>;
+using Ids = std::vector<int32_t>;
+
+bool no_gpu() {
+  if (!qn::list_cuda_devices().empty()) return false;
+  MESSAGE("SKIPPED: no GPU");
+  return true;
+}
+
+Options options(const char* act = "bf16", const char* device = "cuda") {
+  Options o;
+  o.device = device, o.act = act, o.ctx = 2048, o.threads = 2;
+  return o;
+}
+
+SafeTensors stories_expected() { return SafeTensors::open_file(std::string(QN_STORIES) + "/expected.safetensors"); }
+
+double worst(std::span<const float> a, std::span<const float> b) {
+  REQUIRE(a.size() == b.size());
+  double w = 0;
+  for (size_t i = 0; i < a.size(); i++) {
+    REQUIRE((qn::finite_bits(a[i]) && qn::finite_bits(b[i])));
+    w = std::max(w, std::fabs(static_cast<double>(a[i]) - b[i]));
+  }
+  return w;
+}
+
+// How far the best logit is ahead of the second
+float lead(std::span<const float> l) {
+  float a = -INFINITY, b = -INFINITY;
+  for (float x : l) x > a ? (b = a, a = x) : b = std::max(b, x);
+  return a - b;
+}
+
+Ids some_tokens(int n, int vocab) {
+  Ids t;
+  for (int i = 0; i < n; i++) t.push_back((i * 7919 + i * i * 31 + 5) % vocab);
+  return t;
+}
+
+}  // namespace
+
+TEST_CASE("CUDA: tiny models agree with transformers in float32") {
+  if (no_gpu()) return;
+  for (const auto& [model, expected] : {std::pair{"tiny", "expected-0"}, {"tiny", "expected-1"}, {"tiny-yarn", "expected-0"}, {"tiny-fp8", "expected-0"}}) {
+    const auto file = SafeTensors::open_file(std::string(QN_TEST_DATA) + "/" + model + "/" + expected + ".safetensors");
+    const Ids tokens = file.read_i32("tokens");
+    Options o = options("f32");
+    o.mtp = true, o.ctx = 0;
+    Engine e = Engine::open(TestModels::get().path(model), o);
+    const auto v = static_cast<size_t>(e.info().vocab);
+    Floats got, drafts;
+    e.trace([&](int, std::string_view name, std::span<const float> x, int, int) {
+      if (name == "mtp_logits") drafts.insert(drafts.end(), x.begin(), x.end());
+    });
+    Session s(e);
+    s.sync_all(tokens, [&](int, std::span<const float> l) { got.insert(got.end(), l.begin(), l.end()); });
+    const double whole = worst(got, file.read_f32("logits")), mtp = worst(drafts, file.read_f32("mtp_logits"));
+    e.trace({});
+    double one = 0;  // token by token, as decode does
+    Session t(e);
+    t.sync(std::span(tokens).first(1));
+    for (size_t i = 1; i < tokens.size(); i++) {
+      one = std::max(one, worst(t.logits(), std::span(got).subspan((i - 1) * v, v)));
+      t.step(tokens[i]);
+    }
+    MESSAGE(std::string(model), " ", std::string(expected), ": max |dlogit| ", whole, ", MTP ", mtp, ", prefill against decode ", one);
+    CHECK(whole <= 1e-3);
+    CHECK(mtp <= 1e-3);
+    CHECK(one <= 1e-3);
+  }
+}
+
+TEST_CASE("CUDA: stories, BF16: prompts prefilled at once and token by token give the same greedy text") {
+  if (no_gpu()) return;
+  const auto file = stories_expected();
+  const Ids text = file.read_i32("ppl.tokens");
+  for (DType experts : {DType::BF16, DType::INT8, DType::INT4}) {
+    Engine e = Engine::open(TestModels::get().path("stories", experts, experts == DType::INT4 ? DType::INT8 : DType::BF16), options());
+    for (int n : {1, 7, 63, 64, 65, 200, 1000}) {
+      const auto prompt = std::span(text).first(static_cast<size_t>(n));
+      Session whole(e), single(e);
+      whole.sync(prompt);
+      for (int i = 1; i <= n; i++) single.sync(prompt.first(static_cast<size_t>(i)));
+      int differ = 0;
+      for (int i = 0; i < 64; i++) {  // both are fed the same tokens; where the choice is clear they choose alike
+        const int32_t a = qn::argmax(whole.logits()), b = qn::argmax(single.logits());
+        if (a != b && lead(single.logits()) >= 0.1f) differ++;
+        const int32_t next = b;
+        whole.step(next), single.step(next);
+      }
+      CHECK_MESSAGE(differ == 0, qn::name(experts), ": ", n, " tokens: ", differ, " of 64 differ");
+    }
+  }
+}
+
+TEST_CASE("CUDA: rows of steps of 1 to 8 tokens have the same bits") {
+  if (no_gpu()) return;
+  for (const char* act : {"bf16", "int8", "f32"}) {
+    Options o = options(act);
+    const std::string path = TestModels::get().path("stories", DType::INT4, DType::INT8, 32);
+    Engine e = Engine::open(path, o);
+    const Ids tokens = some_tokens(70, 1165);
+    Session one(e);
+    std::vector<Floats> want;
+    one.sync(std::span(tokens).first(1));
+    for (size_t i = 1; i <= tokens.size(); i++) {
+      want.emplace_back(one.logits().begin(), one.logits().end());
+      if (i < tokens.size()) one.step(tokens[i]);
+    }
+    const uint64_t hash = one.state_hash();
+    for (int n : {2, 3, 5, 8}) {
+      Session s(e);
+      for (size_t at = 0; at < tokens.size();) {
+        at = std::min(at + static_cast<size_t>(n), tokens.size());
+        s.sync(std::span(tokens).first(at));
+        CHECK_MESSAGE(std::memcmp(s.logits().data(), want[at - 1].data(), s.logits().size_bytes()) == 0, act, ": position ", at, " in steps of ", n);
+      }
+      CHECK(s.state_hash() == hash);
+    }
+  }
+}
+
+TEST_CASE("CUDA: a generation is the same with and without recordings, again, and as the host would choose") {
+  if (no_gpu()) return;
+  const std::string path = TestModels::get().path("stories", DType::INT4, DType::BF16, 32);
+  Options plain = options();
+  plain.graph = false;
+  Engine e = Engine::open(path, options()), slow = Engine::open(path, plain);
+  const Ids prompt = e.chat_tokens(std::vector<Message>{{"user", "Tell me a story about a cat.", {}, {}, {}}}, {});
+  for (float temperature : {0.f, 0.8f}) {
+    GenerateParams p;
+    p.max_tokens = 60, p.sampling.temperature = temperature, p.sampling.top_k = 20, p.sampling.top_p = 0.9f, p.sampling.seed = 7;
+    Session a(e), b(slow), c(e), host(e);
+    a.sync(prompt), b.sync(prompt), c.sync(prompt), host.sync(prompt);
+    const Ids text = a.generate(p, {}).ids;
+    CHECK(text.size() > 10);
+    CHECK(b.generate(p, {}).ids == text);
+    CHECK(c.generate(p, {}).ids == text);
+    CHECK(a.state_hash() == c.state_hash());
+    qn::Sampler sampler(p.sampling, {});
+    for (size_t i = 0; i < text.size(); i++) {
+      CHECK(sampler.next(host.logits(), host.tokens(), i, static_cast<uint64_t>(host.position())) == text[i]);
+      host.step(text[i]);
+    }
+    CHECK(a.sync(prompt).prefilled == 0);  // back to the prompt and again
+    CHECK(a.generate(p, {}).ids == text);
+  }
+}
+
+TEST_CASE("CUDA: an answer that is stopped ends exactly after the last token delivered") {
+  if (no_gpu()) return;
+  Engine e = Engine::open(TestModels::get().path("stories"), options());
+  const Ids prompt = e.chat_tokens(std::vector<Message>{{"user", "Tell me a story about a cat.", {}, {}, {}}}, {});
+  GenerateParams p;
+  p.max_tokens = 20;
+  Session s(e);
+  s.sync(prompt);
+  const GenerateResult all = s.generate(p, {});
+  const uint64_t after = s.state_hash();
+  s.sync(prompt);
+  int n = 0;
+  GenerateResult b = s.generate(p, [&](const Delivery&) { return ++n < 7; });
+  CHECK(b.ids.size() == 7);
+  CHECK(s.position() == static_cast<int>(prompt.size()) + 7);
+  p.max_tokens = 13;
+  const GenerateResult c = s.generate(p, {});
+  b.ids.insert(b.ids.end(), c.ids.begin(), c.ids.end());
+  CHECK(b.ids == all.ids);
+  CHECK(s.state_hash() == after);
+}
+
+TEST_CASE("CUDA: memory in use is what the plan said; what does not fit is refused before anything is taken") {
+  if (no_gpu()) return;
+  const std::string path = TestModels::get().path("stories");
+  Options o = options();
+  o.ctx = 0;
+  {
+    Engine e = Engine::open(path, o);
+    Session s(e);
+    const double planned = static_cast<double>(e.plan().weights + e.plan().kv + e.plan().state + e.plan().scratch);
+    MESSAGE("planned ", planned / 1e6, " MB, in use ", static_cast<double>(e.memory_use().device_used) / 1e6, " MB");
+    CHECK(static_cast<double>(e.memory_use().device_used) <= planned + 384e6);
+  }
+  const auto before = qn::make_cuda_device(0);
+  const uint64_t free = before->memory_free();
+  const qn::Buffer most = before->alloc(free - (300u << 20), "all of it");
+  try {
+    Engine::open(path, o);
+    FAIL("opened");
+  } catch (const Error& e) {
+    CHECK_MESSAGE(std::string(e.what()).find("missing") != std::string::npos, e.what());
+  }
+}
+
+TEST_CASE("CUDA: devices that are not there are refused") {
+  if (no_gpu()) return;
+  for (const char* device : {"cuda:63", "cuda:0,0"}) {
+    Options o = options("bf16", device);
+    CHECK_THROWS_AS(Engine::open(TestModels::get().path("tiny"), o), Error);
+  }
+}
