@@ -147,7 +147,6 @@ __device__ __forceinline__ float sum_of_8_over_16_lanes(float (&x)[8], int lane)
 template <int Rows, int Tokens>
 __global__ void __launch_bounds__(kThreads, 1) delta_net_few_k(const Delta a) {
   extern __shared__ float4 shared[];
-  let_next_start();
   const int tid = static_cast<int>(threadIdx.x), lane = tid % 32, warp = tid / 32, low = lane % 16;
   const int dk = Rows ? 16 * Rows : a.dk, per_key = a.gv / a.gk;
   const int head = static_cast<int>(blockIdx.y), column = static_cast<int>(blockIdx.x) * kColumns, key = head / per_key;
@@ -176,6 +175,7 @@ __global__ void __launch_bounds__(kThreads, 1) delta_net_few_k(const Delta a) {
   }
   const float neg_a = a.neg_a[head], dt_bias = a.dt_bias[head];
   wait_for_previous();
+  let_next_start();  // whose weights would come in the way of the state
 
   const int pos = a.step->pos;
   float4 s[Rows > 0 ? Rows : 1];

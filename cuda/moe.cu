@@ -722,4 +722,6 @@ void moe_few_down(const Context& c, const MoeDownArgs& args) {
          dim3(static_cast<unsigned>((a.choice_warps + a.shared_warps) * 32)), static_cast<size_t>(bytes()), a);
 }
 
+size_t moe_scratch(const OpLimits&) { return 0; }
+
 }  // namespace qn::cuda
