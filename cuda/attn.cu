@@ -267,6 +267,7 @@ __global__ __launch_bounds__(kThreads, 1) void attn_few_k(const Attn a, const Fe
 
   fill(0);
   prepare(a, f, head, pos, tiles, rank < 2, query, fresh_k, fresh_v, reinterpret_cast<float*>(prob));
+  __syncthreads();  // all have left fill(), which reads what publish() writes
   publish();
   __syncthreads();
   if (rank == 0)

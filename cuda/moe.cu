@@ -605,6 +605,7 @@ __global__ void __launch_bounds__(Plain ? 1024 : (kMaxChoiceWarps + kMaxSharedWa
   if (extra < 0) {
     wait_for_previous();
     if (t < a.tokens) copy_async4(h, a.h + static_cast<int64_t>(t) * a.d + panel * kPanelRows + r);
+    copy_async_commit();  // a warp without choices commits nothing else, and waits only for what is committed
     down_choices<Slab<W, Plain>>(a, panel, stage, choices);
   } else if (a.shared_t16) {
     down_shared<Slab<DType::INT8, false>>(a, extra, panel, stage, others);
