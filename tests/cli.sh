@@ -73,6 +73,8 @@ refused 2 "required" "$bin/qnext-bench"
 refused 2 "8-4" "$bin/qnext-bench" -m "$m" -p 8-4
 refused 1 "ctx gives 100" "$bin/qnext-bench" -m "$m" --device cpu --ctx 100
 "$bin/qnext-bench" -m "$m" --device cpu -p 8 -n 4 -d 0,64 -r 1 --ops --passes 1,2 -o jsonl --plot "$tmp/x.png" >"$tmp/json" 2>"$tmp/err"
+code=$?
+same "exit code of qnext-bench ($(cat "$tmp/err"))" 0 $code
 has "bench" '"test":"tg4 @ d64"' "$tmp/json"
 "$cli" --list-devices >"$tmp/out" && has "devices" "^ref" "$tmp/out"
 "$cli" -m "$m" --info >"$tmp/out" && has "info" "^layers  *8$" "$tmp/out"

@@ -226,7 +226,11 @@ uint64_t read(const uint8_t* p, int64_t bytes) {
   for (int64_t i = 0; i < bytes; i += 256)
     QN_UNROLL
     for (int j = 0; j < 4; j++) s[j] = _mm512_add_epi64(s[j], load_line(p + i + 64 * j));
-  return static_cast<uint64_t>(_mm512_reduce_add_epi64(_mm512_add_epi64(_mm512_add_epi64(s[0], s[1]), _mm512_add_epi64(s[2], s[3]))));
+  // Not _mm512_reduce_add_epi64: g++'s adds signed words, which may not wrap round.
+  uint64_t w[8], total = 0;
+  _mm512_storeu_si512(w, _mm512_add_epi64(_mm512_add_epi64(s[0], s[1]), _mm512_add_epi64(s[2], s[3])));
+  for (uint64_t v : w) total += v;
+  return total;
 }
 
 }  // namespace
