@@ -76,6 +76,10 @@ refused 1 "ctx gives 100" "$bin/qnext-bench" -m "$m" --device cpu --ctx 100
 code=$?
 same "exit code of qnext-bench ($(cat "$tmp/err"))" 0 $code
 has "bench" '"test":"tg4 @ d64"' "$tmp/json"
+cp "$m" "$tmp/own.qn" && ln -s own.qn "$tmp/own.png"
+refused 1 "own.png is read by this run" "$bin/qnext-bench" -m "$tmp/own.qn" --device cpu --plot "$tmp/own.png"
+same "a model named as the chart" "" "$(cmp "$m" "$tmp/own.qn" 2>&1)"
+rm "$tmp/own.qn" "$tmp/own.png"
 "$cli" --list-devices >"$tmp/out" && has "devices" "^ref" "$tmp/out"
 "$cli" -m "$m" --info >"$tmp/out" && has "info" "^layers  *8$" "$tmp/out"
 

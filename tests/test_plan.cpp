@@ -63,6 +63,30 @@ TEST_CASE("plan: what does not fit says how much is missing and what would fit")
   CHECK(refusal(r).find("262144") != std::string::npos);
 }
 
+TEST_CASE("plan: whatever was asked for, what a refusal advises is accepted") {
+  int advised = 0;
+  for (int ctx : {0, 100, 1000, 4096, 20000, 40000, 60000})
+    for (int ubatch : {0, 64, 512, 8192, 16384})
+      for (uint64_t mib = 44 * 1024 + 512; mib <= 48 * 1024; mib += 64) {
+        PlanRequest r = request(0);
+        r.budget = mib << 20, r.ctx = ctx, r.ubatch = ubatch;
+        r.scratch = [](int rows, int positions) { return static_cast<uint64_t>(std::min(rows, positions)) * 200000 + static_cast<uint64_t>(positions) * 64; };
+        const std::string refused = refusal(r);
+        CAPTURE(ctx);
+        CAPTURE(ubatch);
+        CAPTURE(mib);
+        CAPTURE(refused);
+        const size_t at = refused.find("--ctx ");
+        if (at == std::string::npos) continue;
+        r.ctx = std::stoi(refused.substr(at + 6));
+        if (refused.find("--ubatch 512") != std::string::npos) r.ubatch = 512;
+        if (ctx) CHECK(r.ctx <= ctx);
+        CHECK(refusal(r) == "");
+        advised++;
+      }
+  CHECK(advised > 100);
+}
+
 TEST_CASE("plan: in the memory of the process half of what is free is left to the mapped weights") {
   PlanRequest r = request(8);
   r.own_memory = false;

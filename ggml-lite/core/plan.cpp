@@ -32,8 +32,9 @@ MemoryPlan plan_memory(const PlanRequest& r) {
   if (!r.own_memory)
     fail("not enough memory: KV cache %s, recurrent state and checkpoints %s, scratch %s, but only %s may be used; try a smaller --ctx or --ubatch, or a larger --ram",
          gib(p.kv).c_str(), gib(p.state).c_str(), gib(p.scratch).c_str(), gib(r.budget).c_str());
-  const int ubatch = std::min(p.ubatch, 512), fits = most_positions(r, own, ubatch);
-  const std::string advice = fits >= 256 ? format("try --ctx %d%s", fits, p.ubatch > ubatch ? " --ubatch 512" : "")
+  // Not more positions than were asked for: the scratch was counted for those
+  const int ubatch = std::min(p.ubatch, 512), asked = r.ctx ? r.ctx : r.model_context, fits = std::min(most_positions(r, own, ubatch), asked);
+  const std::string advice = fits >= std::min(256, asked) ? format("try --ctx %d%s", fits, p.ubatch > ubatch ? " --ubatch 512" : "")
                                          : "try a file made with --experts int4 --rest int8, a GPU with more memory, or --device cpu";
   fail("%s does not fit on %s: weights %s, KV cache of %d positions %s, state and checkpoints %s, scratch %s, in all %s with %s to spare, but %s are free: %s are missing; %s",
        r.file.c_str(), r.device.c_str(), gib(p.weights).c_str(), p.ctx, gib(p.kv).c_str(), gib(p.state).c_str(), gib(p.scratch).c_str(), gib(need).c_str(),

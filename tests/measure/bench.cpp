@@ -12,6 +12,7 @@
 #include <csignal>
 #include <cstring>
 #include <ctime>
+#include <filesystem>
 #include <iostream>
 #include <map>
 #include <set>
@@ -51,7 +52,7 @@ int parse_count(std::string_view s, const char* option) {
   int v = -1;
   const auto [end, error] = std::from_chars(s.data(), s.data() + s.size(), v);
   if (error != std::errc() || end != s.data() + s.size() || v < 0 || v > qn::kMaxContext)
-    qn::fail("%s: expected whole numbers from 0 to %lld, as in 512, 1,2,3, 512-2048, 0-4096+1024 or 512-8192*2; got \"%.*s\"", option,
+    qn::fail("%s: expected whole numbers from 0 to %lld, as in 512, 1,2,3, 4-8, 0-4096+1024 or 512-8192*2; got \"%.*s\"", option,
              static_cast<long long>(qn::kMaxContext), static_cast<int>(s.size()), s.data());
   return v;
 }
@@ -674,7 +675,18 @@ void run_model(const std::string& path, const Args& a, std::vector<Run>& runs, O
   Bench(engine, a, run, text).all([&](const Result& r) { output.add(run, r); });
 }
 
+// A chart must not take the place of what is measured.
+void check_chart(const Args& a) {
+  const auto same = [&](const std::string& other) {
+    std::error_code none;  // a file that is not there is none of ours
+    if (std::filesystem::equivalent(a.plot, other, none)) qn::fail("--plot: %s is read by this run; name another file", a.plot.c_str());
+  };
+  for (const std::string& m : a.models) same(m);
+  if (!a.text.empty()) same(a.text);
+}
+
 int run(const Args& a) {
+  if (!a.plot.empty()) check_chart(a);
   std::optional<qn::OutFile> picture;  // refused before, not after hours of measuring
   if (!a.plot.empty() && plot::can_write_png()) picture.emplace(a.plot);
   else if (!a.plot.empty())
