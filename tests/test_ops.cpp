@@ -224,8 +224,8 @@ void norm_matmul_case(std::vector<Case>& out, Format f, Act act, int64_t t, int6
                  }});
 }
 
-void delta_case(std::vector<Case>& out, int pos, int64_t t, int gk, int gv, int64_t dk, int64_t dv, DType conv) {
-  out.push_back({label("delta_net", {conv, 0}, Act::F32, {{"pos", pos}, {"T", t}, {"GK", gk}, {"GV", gv}, {"DK", dk}, {"DV", dv}}), Act::F32,
+void delta_case(std::vector<Case>& out, int pos, int64_t t, int gk, int gv, int64_t dk, int64_t dv, DType conv, int64_t slots = 4) {
+  out.push_back({label("delta_net", {conv, 0}, Act::F32, {{"pos", pos}, {"T", t}, {"GK", gk}, {"GV", gv}, {"DK", dk}, {"DV", dv}, {"slots", slots}}), Act::F32,
                  [=](Device& d, Bench& b) {
                    const int64_t ch = 2 * gk * dk + gv * dv;
                    DeltaNetArgs a;
@@ -238,9 +238,9 @@ void delta_case(std::vector<Case>& out, int pos, int64_t t, int gk, int gv, int6
                      dt.push_back(b.uniform(-6, 1));
                    }
                    a.neg_a = b.in(na, gv), a.dt_bias = b.in(dt, gv);
-                   Floats ring = pos ? b.normals(4 * ch, 1) : Floats(static_cast<size_t>(4 * ch));
+                   Floats ring = pos ? b.normals(slots * ch, 1) : Floats(static_cast<size_t>(slots * ch));
                    Floats state = pos ? b.normals(gv * dk * dv, 0.1f) : Floats(static_cast<size_t>(gv * dk * dv));
-                   a.conv_ring = b.out("ring", 4, ch, 0, ring);
+                   a.conv_ring = b.out("ring", slots, ch, 0, ring);
                    a.state = b.out("state", gv, dk, dv, state);
                    a.o = b.out("o", t, gv * dv);
                    a.key_heads = gk, a.value_heads = gv, a.step = b.step(pos, static_cast<int>(t));
@@ -349,9 +349,16 @@ std::vector<Case> table() {
       moe_cases(c, f, {DType::INT8, 32}, act, 3, 5, 5, 96, 32, 96);
     }
   moe_cases(c, {DType::INT4, 32}, {DType::BF16, 0}, Act::INT8, 33, 512, 10, 64, 64, 64);
+  // Widths of the real model, where fast kernels cut K among all their warps
+  for (Format f : {Format{DType::BF16, 0}, {DType::INT8, 128}, {DType::INT8, 32}})
+    for (int64_t t : {1, 2, 3, 8}) {
+      moe_cases(c, {DType::INT4, 128}, f, Act::BF16, t, 23, 10, t == 3 ? 1152 : 2048, t == 2 ? 256 : 512, t == 3 ? 256 : 512);
+      gated_cases(c, f, Act::BF16, t, 32, 128, 64);
+    }
   for (DType conv : {DType::F32, DType::BF16}) {
     for (int64_t t : {1, 2, 3, 4, 5, 8, 63, 64, 65, 127}) delta_case(c, 0, t, 2, 4, 128, 128, conv);
     for (int pos : {1, 2, 3, 4, 61, 64}) delta_case(c, pos, pos % 2 ? 1 : 67, 1, 2, 128, 128, conv);
+    for (int64_t t = 1; t <= 8; t++) delta_case(c, t % 2 ? static_cast<int>(13 * t) : 0, t, 4, 8, 128, 128, conv, 16);
     delta_case(c, 7, 3, 2, 2, 64, 32, conv);
     delta_case(c, 9, 5, 1, 3, 32, 96, conv);
   }
