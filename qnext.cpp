@@ -410,7 +410,7 @@ static qn::StateShape state_shape(const Model& m, int ctx, DType kv_type, bool m
   if (mtp) s.attention.push_back(true);
   s.key_heads = m.info.key_heads, s.value_heads = m.info.value_heads, s.key_dim = m.info.key_dim, s.value_dim = m.info.value_dim;
   s.kv_heads = m.info.kv_heads, s.head_dim = m.info.head_dim, s.context = ctx, s.kv_type = kv_type;
-  s.lagging = mtp, s.conv_slots = 16;  // a step of 8 tokens reads three and writes eight others
+  s.lagging = mtp;
   s.tail = m.info.width + m.info.vocab;  // final norm of the last position, its logits
   return s;
 }

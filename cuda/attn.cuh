@@ -66,7 +66,7 @@ __device__ __forceinline__ float2 rotation(int pos, float freq, float scale) {
 // row (shared, DH, of this warp) = x / rms(x) * w1, then dims (i, i + half) rotated. Width 0: a.width.
 template <int Width>
 __device__ __forceinline__ void norm_rotate(const Attn& a, const float* x, const float* w1, int pos, float* row) {
-  const int lane = thread_anew() & 31, width = Width ? Width : a.width;
+  const int lane = static_cast<int>(threadIdx.x & 31), width = Width ? Width : a.width;
   constexpr int kEach = Width / 32 ? Width / 32 : 1, kTurns = (kEach + 1) / 2;
   float v[kEach], w[kEach], sum = 0;
   float2 turn[kTurns];
@@ -118,6 +118,13 @@ __device__ __forceinline__ int row_chunk(int row, int c) { return row * kRowByte
 
 // at = row_chunk(row, c), c 0 or 1 -> row_chunk(row, c + 2 j). Four different exclusive ors for all j, the rest is a constant.
 __device__ __forceinline__ int step_chunk(int at, int j) { return (at ^ (32 * j & 127)) + (32 * j & ~127); }
+
+// threadIdx.x, read anew: what is made of it does not occupy registers across the loop over the tiles.
+__device__ __forceinline__ int thread_anew() {
+  int x;
+  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(x));
+  return x;
+}
 
 // 16 bytes asynchronously, or zeros
 __device__ __forceinline__ void copy_async16_if(bool real, void* shared, const void* global) {

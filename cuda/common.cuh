@@ -54,11 +54,11 @@ __device__ __forceinline__ void wait_for_previous() {
 
 // ---- loads ------------------------------------------------------------------------------------------------------------
 
-// 16 bytes of a weight: read once per pass over the model, so it should not push anything out of L1. volatile keeps it
+// 16 bytes of a weight: read once per pass over the model, so it should not push anything out of L1 or L2. volatile keeps it
 // where it is written: before wait_for_previous().
 __device__ __forceinline__ uint4 load_weights(const void* p) {
   uint4 v;
-  asm volatile("ld.global.nc.L1::no_allocate.L2::128B.v4.u32 {%0,%1,%2,%3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(p));
+  asm volatile("ld.global.nc.L1::no_allocate.L2::evict_first.v4.u32 {%0,%1,%2,%3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(p));
   return v;
 }
 
@@ -83,13 +83,6 @@ __device__ __forceinline__ void copy_weights_async16(void* shared, const void* g
                : "memory");
 }
 __device__ __forceinline__ void prefetch_l2(const void* p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(p)); }
-
-// threadIdx.x, read anew: what is made of it does not occupy registers outside of the function.
-__device__ __forceinline__ int thread_anew() {
-  int x;
-  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(x));
-  return x;
-}
 
 // ---- numbers ----------------------------------------------------------------------------------------------------------
 

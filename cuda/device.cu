@@ -12,7 +12,6 @@
 #include "cuda/common.cuh"
 #include "cuda/cuda.h"
 #include "cuda/kernels.h"
-#include "cuda/matvec.cuh"
 
 namespace qn {
 namespace cuda {
@@ -37,8 +36,6 @@ namespace {
 constexpr size_t kBlasBytes = 32 << 20;    // what cuBLAS asks for on Hopper
 constexpr size_t kStaging = 1 << 20;       // pinned bytes through which small uploads go without waiting
 constexpr size_t kUpload = 64 << 10;       // "small"
-constexpr size_t kLists = 512 << 10;       // phases of a recording
-constexpr size_t kList = 32 << 10;         // phases of one operation
 
 void check_blas(cublasStatus_t s, const char* what) {
   if (s != CUBLAS_STATUS_SUCCESS) fail("cuda: %s: %s", what, cublasGetStatusString(s));
@@ -61,15 +58,15 @@ class CudaDevice final : public Device {
     cuda::check(cudaHostAlloc(&staging_, kStaging, cudaHostAllocDefault), "cudaHostAlloc");
     size_t total = 0;
     cuda::check(cudaMemGetInfo(&free_at_start_, &total), "cudaMemGetInfo");
-    fixed_ = static_cast<uint8_t*>(do_alloc(kBlasBytes + kCounters * 4 + kList, "cuBLAS workspace"));
+    fixed_ = static_cast<uint8_t*>(do_alloc(kBlasBytes + kCounters * 4, "cuBLAS workspace"));
     context_.counters = reinterpret_cast<uint32_t*>(fixed_ + kBlasBytes);
-    list_memory_ = fixed_ + kBlasBytes + kCounters * 4;
     check_blas(cublasSetWorkspace(context_.blas, fixed_, kBlasBytes), "cublasSetWorkspace");
     check_blas(cublasSetMathMode(context_.blas, CUBLAS_PEDANTIC_MATH), "cublasSetMathMode");
   }
   ~CudaDevice() override {
     cudaStreamSynchronize(context_.stream);
-    recordings_forget(nullptr);
+    for (auto& [key, r] : recordings_)
+      if (r.graph) cudaGraphExecDestroy(r.graph);
     for (void* p : {static_cast<void*>(context_.scratch), static_cast<void*>(weights_), static_cast<void*>(fixed_)}) cudaFree(p);
     for (Mail* m : mail_) cudaFreeHost(m);
     cudaFreeHost(staging_);
@@ -123,7 +120,6 @@ class CudaDevice final : public Device {
     return cuda::load(file, pieces, threads, check, damaged, progress);
   }
   void upload(void* to, const void* from, size_t n) override {
-    flush();
     if (n > kUpload) {  // from pageable memory: has read it when it returns
       cuda::check(cudaMemcpyAsync(to, from, n, cudaMemcpyHostToDevice, context_.stream), "upload");
       return;
@@ -134,18 +130,13 @@ class CudaDevice final : public Device {
     staged_ += (n + 63) / 64 * 64;
   }
   void download(void* to, const void* from, size_t n) override {
-    flush();
     cuda::check(cudaMemcpyAsync(to, from, n, cudaMemcpyDeviceToHost, context_.stream), "download");
     sync();
   }
   void copy(void* to, const void* from, size_t n) override {
-    flush();
     cuda::check(cudaMemcpyAsync(to, from, n, cudaMemcpyDeviceToDevice, context_.stream), "copy");
   }
-  void zero(void* to, size_t n) override {
-    flush();
-    cuda::check(cudaMemsetAsync(to, 0, n, context_.stream), "zero");
-  }
+  void zero(void* to, size_t n) override { cuda::check(cudaMemsetAsync(to, 0, n, context_.stream), "zero"); }
   void sync() override { cuda::check(cudaStreamSynchronize(context_.stream), "waiting for the device (--no-graph names the operation)"); }
   bool idle() override {
     const cudaError_t e = cudaStreamQuery(context_.stream);
@@ -189,22 +180,15 @@ class CudaDevice final : public Device {
     }
     if (!r->graph) {
       cudaGraph_t graph = nullptr;
-      if (!r->lists) cuda::check(cudaMalloc(&r->lists, kLists), "phases of a recording");
-      lists_.clear();
       cuda::check(cudaStreamBeginCapture(context_.stream, cudaStreamCaptureModeThreadLocal), "cudaStreamBeginCapture");
-      collecting_ = r;
       try {
         body();
-        flush();
       } catch (...) {
-        collecting_ = nullptr;
         cudaStreamEndCapture(context_.stream, &graph);
         if (graph) cudaGraphDestroy(graph);
         throw;
       }
-      collecting_ = nullptr;
       cuda::check(cudaStreamEndCapture(context_.stream, &graph), "cudaStreamEndCapture");
-      if (!lists_.empty()) cuda::check(cudaMemcpyAsync(r->lists, lists_.data(), lists_.size(), cudaMemcpyHostToDevice, context_.stream), "phases of a recording");
       const cudaError_t e = cudaGraphInstantiate(&r->graph, graph, 0);
       cudaGraphDestroy(graph);
       cuda::check(e, "cudaGraphInstantiate");
@@ -247,13 +231,11 @@ class CudaDevice final : public Device {
   struct Recording {
     bool warm = false;
     cudaGraphExec_t graph = nullptr;
-    uint8_t* lists = nullptr;  // phases of its kernels
   };
   void recordings_forget(const void* owner) {  // null: all
     std::erase_if(recordings_, [owner](auto& r) {
       if (owner && r.first.first != owner) return false;
       if (r.second.graph) cudaGraphExecDestroy(r.second.graph);
-      cudaFree(r.second.lists);
       return true;
     });
   }
@@ -263,89 +245,46 @@ class CudaDevice final : public Device {
   }
   static bool few(int64_t t) { return t <= kFewTokens; }
 
-  // ---- operations of few tokens: phases of one kernel, as many as follow each other in a recording (cuda/step.cuh)
-
-  // Launches what was collected
-  void flush() {
-    if (!collecting_ || list_.empty()) return;
-    const size_t at = lists_.size(), end = at + (list_.bytes() + 255) / 256 * 256;
-    QN_CHECK(end <= kLists, "cuda: the phases of a recording take more than %zu bytes", kLists);
-    lists_.resize(end);
-    list_.write(lists_.data() + at);
-    list_.launch(context_, collecting_->lists + at);
-  }
-  // False: other kernels have to do it, and everything before it is on its way
-  template <class Args>
-  bool step(const Args& a) {
-    if (!context_.overlap) return false;
-    if (collecting_) {
-      if (list_.add(context_, a)) return true;
-      flush();
-      return list_.add(context_, a);
-    }
-    if (!list_.add(context_, a)) return false;
-    if (list_.phases() == 1) {
-      list_.launch(context_, nullptr);
-    } else {
-      std::vector<uint8_t> host(list_.bytes());
-      list_.write(host.data());
-      QN_CHECK(host.size() <= kList, "cuda: an operation takes %zu bytes of phases", host.size());
-      upload(list_memory_, host.data(), host.size());
-      list_.launch(context_, list_memory_);
-    }
-    return true;
-  }
-  template <class Args>
-  bool product(const Args& a, int64_t t) {
-    return few(t) && step(product_of(a));
-  }
-
-  void do_embed(const EmbedArgs& a) override { flush(), cuda::embed(context_, a), done("embed"); }
+  void do_embed(const EmbedArgs& a) override { cuda::embed(context_, a), done("embed"); }
   void do_norm_matmul(const NormMatmulArgs& a) override {
-    if (!product(a, a.h.rows())) few(a.h.rows()) ? matvec_norm(context_, a) : matmul_norm(context_, a);
+    few(a.h.rows()) ? matvec_norm(context_, a) : matmul_norm(context_, a);
     done("norm_matmul");
   }
-  void do_delta_net(const DeltaNetArgs& a) override {
-    if (!few(a.qkv.rows()) || !step(a)) cuda::delta_net(context_, a);
-    done("delta_net");
-  }
+  void do_delta_net(const DeltaNetArgs& a) override { cuda::delta_net(context_, a), done("delta_net"); }
   void do_gated_norm_matmul(const GatedNormMatmulArgs& a) override {
-    if (!product(a, a.o.rows())) few(a.o.rows()) ? matvec_gated_norm(context_, a) : matmul_gated_norm(context_, a);
+    few(a.o.rows()) ? matvec_gated_norm(context_, a) : matmul_gated_norm(context_, a);
     done("gated_norm_matmul");
   }
   void do_attention(const AttentionArgs& a) override {
-    if (!few(a.qgkv.rows())) attention_many(context_, a);
-    else if (!step(a)) attention_few(context_, a);
+    few(a.qgkv.rows()) ? attention_few(context_, a) : attention_many(context_, a);
     done("attention");
   }
   void do_gate_matmul(const GateMatmulArgs& a) override {
-    if (!product(a, a.o.rows())) few(a.o.rows()) ? matvec_gate(context_, a) : matmul_gate(context_, a);
+    few(a.o.rows()) ? matvec_gate(context_, a) : matmul_gate(context_, a);
     done("gate_matmul");
   }
   void do_moe_router(const MoeRouterArgs& a) override {
-    if (!product(a, a.h.rows())) few(a.h.rows()) ? matvec_router(context_, a) : matmul_router(context_, a);
+    few(a.h.rows()) ? matvec_router(context_, a) : matmul_router(context_, a);
     done("moe_router");
   }
   static bool prefill(Act act, const Experts& e) { return act == Act::BF16 && e.dtype != DType::F32; }
   void do_moe_gate_up(const MoeGateUpArgs& a) override {
-    if (few(a.x.rows())) {
-      if (!step(a)) moe_few_gate_up(context_, a);
-    } else if (prefill(a.act, a.experts)) moe_prefill_gate_up(context_, a);
+    if (few(a.x.rows())) moe_few_gate_up(context_, a);
+    else if (prefill(a.act, a.experts)) moe_prefill_gate_up(context_, a);
     else moe_exact_gate_up(context_, a);
     done("moe_gate_up");
   }
   void do_moe_down(const MoeDownArgs& a) override {
-    if (few(a.h.rows())) {
-      if (!step(a)) moe_few_down(context_, a);
-    } else if (prefill(a.act, a.experts)) moe_prefill_down(context_, a);
+    if (few(a.h.rows())) moe_few_down(context_, a);
+    else if (prefill(a.act, a.experts)) moe_prefill_down(context_, a);
     else moe_exact_down(context_, a);
     done("moe_down");
   }
   void do_concat_matmul(const ConcatMatmulArgs& a) override {
-    if (!product(a, a.a.rows())) few(a.a.rows()) ? matvec_concat(context_, a) : matmul_concat(context_, a);
+    few(a.a.rows()) ? matvec_concat(context_, a) : matmul_concat(context_, a);
     done("concat_matmul");
   }
-  void do_sample(const SampleArgs& a) override { flush(), cuda::sample(context_, a), done("sample"); }
+  void do_sample(const SampleArgs& a) override { cuda::sample(context_, a), done("sample"); }
 
   const int index_;
   const bool graphs_;
@@ -356,10 +295,6 @@ class CudaDevice final : public Device {
   size_t staged_ = 0, free_at_start_ = 0;
   std::vector<Mail*> mail_;
   std::map<std::pair<const void*, uint64_t>, Recording> recordings_;
-  StepList list_;
-  std::vector<uint8_t> lists_;         // of the recording that is made: what its memory will hold
-  uint8_t* list_memory_ = nullptr;     // of an operation by itself
-  Recording* collecting_ = nullptr;    // the recording that is made
 };
 
 }  // namespace

@@ -30,7 +30,7 @@ constexpr int kBand = 16;   // row tiles that share their tokens in L2: blocks w
 
 enum class Put : int { Store, Add, SwiGlu };
 
-struct Gemm {
+struct Product {
   const uint16_t* x;          // rows ldx apart
   const uint8_t* w;           // matrix of the first expert
   float* y;                   // rows ldy apart
@@ -96,12 +96,12 @@ __device__ __forceinline__ void fragment(const uint4& v, const uint4& v2, uint32
 template <DType Type, int Panels, int Tiles>
 struct Source {
   using S = Stage<Type, Panels>;
-  const Gemm& p;
+  const Product& p;
   const uint8_t* w;       // T16: first panel of the warp; BF16: the matrix
   int panel, more;        // first panel of the warp and how many follow it in the matrix; the last one stands in for those beyond
   uint32_t from[Tiles / 2];  // 16-byte pieces of x this thread copies, at k 0; ~0: a token that is not there
 
-  __device__ __forceinline__ Source(const Gemm& product, const uint8_t* matrix, int row_tile, const int* rows) : p(product), w(matrix) {
+  __device__ __forceinline__ Source(const Product& product, const uint8_t* matrix, int row_tile, const int* rows) : p(product), w(matrix) {
     const int last = (p.n + kPanelRows - 1) / kPanelRows - 1;
     panel = (row_tile * kWarps + static_cast<int>(threadIdx.x >> 5)) * Panels;
     const int start = min(panel, last);
@@ -155,7 +155,7 @@ struct Source {
 
 // The tile of the block; Tiles: of 8 tokens.
 template <DType Type, bool Split, int Panels, int Tiles>
-__device__ __forceinline__ void make_tile(const Gemm& p, const uint8_t* matrix, int row_tile, uint8_t* shared, const int* rows) {
+__device__ __forceinline__ void make_tile(const Product& p, const uint8_t* matrix, int row_tile, uint8_t* shared, const int* rows) {
   using S = Stage<Type, Panels>;
   const int lane = threadIdx.x & 31, warp = static_cast<int>(threadIdx.x >> 5), g = lane >> 2, t = lane & 3;
   const Source<Type, Panels, Tiles> source(p, matrix, row_tile, rows);
@@ -265,7 +265,7 @@ __device__ __forceinline__ void make_tile(const Gemm& p, const uint8_t* matrix, 
 }
 
 template <DType Type, bool Split, int Panels>
-__global__ void __launch_bounds__(kThreads, 2) gemm_k(const Gemm p) {
+__global__ void __launch_bounds__(kThreads, 2) gemm_k(const Product p) {
   let_next_start();
   wait_for_previous();
   extern __shared__ uint4 shared_memory[];
@@ -289,7 +289,7 @@ __global__ void __launch_bounds__(kThreads, 2) gemm_k(const Gemm p) {
 }
 
 template <DType Type, bool Split, int Panels>
-void launch_panels(const Context& c, const char* what, Gemm p) {
+void launch_panels(const Context& c, const char* what, Product p) {
   p.row_tiles = static_cast<int>((t16_panels(p.n) + kWarps * Panels - 1) / (kWarps * Panels));
   const int64_t blocks = static_cast<int64_t>(p.row_tiles) * p.token_tiles;
   QN_CHECK(blocks < 1 << 30, "%s: %lld tiles", what, static_cast<long long>(blocks));
@@ -297,7 +297,7 @@ void launch_panels(const Context& c, const char* what, Gemm p) {
 }
 
 // x: rows of it and their distance; w: one matrix, or that of the first expert
-void launch_product(const Context& c, const char* what, const Tensor& w, Gemm p, int64_t token_tiles) {
+void launch_product(const Context& c, const char* what, const Tensor& w, Product p, int64_t token_tiles) {
   const int64_t n = w.rows(), k = w.cols();
   QN_CHECK(k % 32 == 0 && p.ldx % 8 == 0 && n < 1 << 30 && k < 1 << 24, "%s: (%lld, %lld), rows of x %lld apart", what,
            static_cast<long long>(n), static_cast<long long>(k), static_cast<long long>(p.ldx));
@@ -317,8 +317,8 @@ void launch_product(const Context& c, const char* what, const Tensor& w, Gemm p,
   else QN_CHECK(false, "%s: weights in %s", what, name(w.dtype));
 }
 
-Gemm grouped(const GroupedGemm& a, const uint16_t* x, float* y) {
-  Gemm p{};
+Product grouped(const GroupedGemm& a, const uint16_t* x, float* y) {
+  Product p{};
   p.x = x, p.y = y, p.items = a.items, p.order = a.order, p.w_stride = a.experts.layout().stride, p.divisor = 1;
   return p;
 }
@@ -326,21 +326,21 @@ Gemm grouped(const GroupedGemm& a, const uint16_t* x, float* y) {
 }  // namespace
 
 void gemm(const Context& c, const char* what, const uint16_t* x, int64_t ldx, int64_t t, const Tensor& w, float* y, int64_t ldy, bool add) {
-  Gemm p{};
+  Product p{};
   p.x = x, p.y = y, p.ldx = ldx, p.ldy = ldy, p.tokens = static_cast<int>(t), p.divisor = 1;
   p.panel_rows = kPanelRows, p.pair = 8, p.put = add ? Put::Add : Put::Store;
   launch_product(c, what, w, p, (t + kTileTokens - 1) / kTileTokens);
 }
 
 void gemm_gate_up(const Context& c, const GroupedGemm& a, const uint16_t* x, float* inner) {
-  Gemm p = grouped(a, x, inner);
+  Product p = grouped(a, x, inner);
   p.ldx = a.experts.d, p.ldy = a.experts.f, p.divisor = static_cast<int>(a.chosen), p.put = Put::SwiGlu;
   p.panel_rows = 8, p.pair = static_cast<int>(a.experts.f);  // BF16: gate rows, then up rows
   launch_product(c, "moe_gate_up: experts", a.experts.gate_up(0), p, a.max_items);
 }
 
 void gemm_down(const Context& c, const GroupedGemm& a, const uint16_t* inner, float* y) {
-  Gemm p = grouped(a, inner, y);
+  Product p = grouped(a, inner, y);
   p.ldx = a.experts.f, p.ldy = a.experts.d, p.panel_rows = kPanelRows, p.pair = 8, p.put = Put::Store;
   launch_product(c, "moe_down: experts", a.experts.down(0), p, a.max_items);
 }

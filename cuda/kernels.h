@@ -14,8 +14,6 @@
 #include <cublas_v2.h>
 #include <cuda_runtime.h>
 
-#include <memory>
-
 #include "ggml-lite/core/device.h"
 
 namespace qn::cuda {
@@ -121,30 +119,6 @@ size_t delta_net_scratch(const OpLimits&);
 void attention_few(const Context&, const AttentionArgs&);     // at most kFewTokens rows
 void attention_many(const Context&, const AttentionArgs&);
 size_t attention_scratch(const OpLimits&);
-
-// ---- step.cu: operations of few tokens as phases of one kernel (cuda/step.cuh)
-struct Product;  // cuda/matvec.cuh
-class StepList {
- public:
-  StepList();
-  ~StepList();
-  bool empty() const { return phases() == 0; }
-  size_t phases() const;
-  // False: not an operation for it, or one that does not go with those in the list (then alone it may). Nothing was added, but of attention.
-  bool add(const Context&, const Product&);
-  bool add(const Context&, const DeltaNetArgs&);
-  bool add(const Context&, const AttentionArgs&);
-  bool add(const Context&, const MoeGateUpArgs&);
-  bool add(const Context&, const MoeDownArgs&);
-  // Launches the list and empties it. memory: of the device, where write()'s bytes() are or will be when the kernel runs; null: one phase
-  size_t bytes() const;
-  void write(void* host) const;
-  void launch(const Context&, const void* memory);
-
- private:
-  struct Impl;
-  std::unique_ptr<Impl> impl_;
-};
 
 // ---- sample.cu
 void sample(const Context&, const SampleArgs&);

@@ -13,7 +13,8 @@
 //
 // Rows that must see unrounded activations (router, gates of heads) are extra tasks behind the panels: 8 rows, one for each warp,
 // through the same ring, fp32 products with fp32 activations.
-#include "cuda/units.cuh"
+#include "cuda/matvec.cuh"
+#include "cuda/unpack.cuh"
 
 #include <algorithm>
 #include <bit>
@@ -24,8 +25,14 @@ namespace {
 constexpr int kWarps = 8, kThreads = 32 * kWarps;
 constexpr int kRingLoads = 12;  // of 16 bytes per lane: 6 KB a warp, 48 KB a block; twice that when a block has a multiprocessor alone
 
+constexpr int unit_loads(DType w) { return w == DType::INT4 ? 2 : 4; }
+constexpr int unit_k(DType w) { return w == DType::BF16 ? 64 : 128; }
 constexpr int slot_bytes(DType w) { return unit_loads(w) * 512 + (is_t16(w) ? 128 : 0); }
 constexpr int ring_units(DType w, bool deep) { return kRingLoads / unit_loads(w) * (deep ? 2 : 1); }
+// Rows of x in shared memory: padded with zeros to whole groups of 128, and apart such that 16-byte loads of two tokens' fragments
+// (4 times 16 bytes in a row of BF16 and INT8, with gaps of 16 bytes in INT4) share no bank.
+constexpr int x_stride(DType w, int k) { return (k + 127) / 128 * 128 + (w == DType::INT4 ? 8 : 32); }
+
 struct Matvec {
   Input in;
   const uint8_t* w = nullptr;
@@ -178,6 +185,86 @@ class Ring {
   const uint8_t *lo_ = nullptr, *hi_ = nullptr;  // of the lane: rows g and g + 8; tiles and scales; an exact row
 };
 
+// total += sum * (scales of the two rows) * (scales of the two tokens)
+template <Act A>
+__device__ __forceinline__ void flush(float (&total)[4], float (&sum)[4], float lo, float hi, float2 x) {
+  const float s[4] = {lo * sum[0], lo * sum[1], hi * sum[2], hi * sum[3]};
+#pragma unroll
+  for (int i = 0; i < 4; i++) {
+    total[i] += A == Act::INT8 ? s[i] * (i % 2 ? x.y : x.x) : s[i];
+    sum[i] = 0;
+  }
+}
+
+// total += one unit. x: what the lane reads of its token g from the first k of the unit on, valid where `live`; x_scale: of the
+// unit's k for tokens 2t and 2t+1.
+template <DType W, Act A>
+__device__ __forceinline__ void multiply(float (&total)[4], const uint8_t* unit, const uint16_t* x, bool live, float2 x_scale, int shift) {
+  const int lane = static_cast<int>(threadIdx.x) % 32, g = lane / 4, t = lane % 4;
+  auto weights = [&](int i) { return *reinterpret_cast<const uint4*>(unit + i * 512 + lane * 16); };
+  auto tokens = [&](int at) { return live ? *reinterpret_cast<const uint4*>(x + at) : uint4{}; };
+  uint32_t a[4];
+  if constexpr (W == DType::BF16) {
+    float sum[4] = {};
+#pragma unroll
+    for (int i = 0; i < 2; i++) {
+      const uint4 lo = weights(2 * i), hi = weights(2 * i + 1), b = tokens(i * 32);
+      bf16_fragment<0>(lo, hi, a);
+      mma_16816(A == Act::INT8 ? sum : total, a, b.x, b.y);
+      bf16_fragment<1>(lo, hi, a);
+      mma_16816(A == Act::INT8 ? sum : total, a, b.z, b.w);
+    }
+    if (A == Act::INT8) flush<A>(total, sum, 1.f, 1.f, x_scale);
+  } else {
+    const uint16_t* scales = reinterpret_cast<const uint16_t*>(unit + unit_loads(W) * 512);  // (128 / group, 16)
+    float sum[4] = {};
+    // After the first `end` values of the unit: is a group complete? Then its scales meet its sums.
+    auto close_group = [&](int end) {
+      if (end & ((1 << shift) - 1)) return;
+      const uint16_t* s = scales + ((end >> shift) - 1) * kPanelRows + g;
+      flush<A>(total, sum, half_bits_to_float(s[0]), half_bits_to_float(s[8]), x_scale);
+    };
+    if constexpr (W == DType::INT8) {
+#pragma unroll
+      for (int i = 0; i < 4; i++) {
+        const uint4 v = weights(i), b = tokens(i * 32);
+        int8_fragment<0>(v, a);
+        mma_16816(sum, a, b.x, b.y);
+        int8_fragment<1>(v, a);
+        mma_16816(sum, a, b.z, b.w);
+        close_group((i + 1) * 32);
+      }
+    } else {
+      // Groups of 32: lanes t = 0, 1 hold the first of a tile, t = 2, 3 the second, and the tile is multiplied twice
+      const uint32_t first = shift == 5 && t >= 2 ? 0 : ~0u;
+#pragma unroll
+      for (int i = 0; i < 2; i++) {
+        const uint4 v = weights(i), b = tokens(i * 64), c = tokens(i * 64 + 8);
+        int4_fragment<0>(v, a);
+        mma_16816(sum, a, b.x & first, b.y & first);
+        int4_fragment<1>(v, a);
+        mma_16816(sum, a, b.z & first, b.w & first);
+        int4_fragment<2>(v, a);
+        mma_16816(sum, a, c.x & first, c.y & first);
+        int4_fragment<3>(v, a);
+        mma_16816(sum, a, c.z & first, c.w & first);
+        if (shift == 5) {
+          close_group(i * 64 + 32);
+          int4_fragment<0>(v, a);
+          mma_16816(sum, a, b.x & ~first, b.y & ~first);
+          int4_fragment<1>(v, a);
+          mma_16816(sum, a, b.z & ~first, b.w & ~first);
+          int4_fragment<2>(v, a);
+          mma_16816(sum, a, c.x & ~first, c.y & ~first);
+          int4_fragment<3>(v, a);
+          mma_16816(sum, a, c.z & ~first, c.w & ~first);
+        }
+        close_group((i + 1) * 64);
+      }
+    }
+  }
+}
+
 // x of all tokens into shared memory: rounded, in the order of the fragments; with exact rows unrounded too.
 template <DType W, Act A>
 __device__ __forceinline__ void prologue(const Matvec& m, uint8_t* shared) {
@@ -210,6 +297,28 @@ __device__ __forceinline__ void prologue(const Matvec& m, uint8_t* shared) {
 }
 static_assert(int4_position(6) == int4_position(4) + 1 && int4_position(5) == int4_position(4) + 4 && int4_position(7) == int4_position(4) + 5);
 static_assert(int4_position(14) == int4_position(12) + 1 && int4_position(13) == int4_position(12) + 4 && int4_position(15) == int4_position(12) + 5);
+
+// sum[t] += one unit of an exact row times token t. x: (T, K) from the lane's first k of the unit on, `left` values of the row lie there.
+__device__ __forceinline__ void multiply_exact(float (&sum)[kFewTokens], const uint8_t* unit, int loads, bool f32, const float* x, int tokens, int k_all,
+                                               int left) {
+  const int each = f32 ? 4 : 8;  // weights in 16 bytes
+#pragma unroll 1
+  for (int i = 0; i < loads && left > 0; i++, unit += 512, x += 32 * each, left -= 32 * each) {
+    const uint4 v = *reinterpret_cast<const uint4*>(unit);
+    const float4 lo = f32 ? float4{__uint_as_float(v.x), __uint_as_float(v.y), __uint_as_float(v.z), __uint_as_float(v.w)}
+                          : float4{bf16_lo(v.x), bf16_hi(v.x), bf16_lo(v.y), bf16_hi(v.y)};
+    const float4 hi = {bf16_lo(v.z), bf16_hi(v.z), bf16_lo(v.w), bf16_hi(v.w)};
+#pragma unroll
+    for (int t = 0; t < kFewTokens; t++) {
+      if (t >= tokens) break;
+      const float4 a = load4(x + t * k_all);
+      sum[t] += lo.x * a.x + lo.y * a.y + lo.z * a.z + lo.w * a.w;
+      if (f32) continue;
+      const float4 b = load4(x + t * k_all + 4);
+      sum[t] += hi.x * b.x + hi.y * b.y + hi.z * b.z + hi.w * b.w;
+    }
+  }
+}
 
 // With 80 registers three blocks fit on a multiprocessor: two of this kernel and one of the next. Making INT8 codes takes more.
 template <DType W, Act A>
@@ -375,51 +484,45 @@ Input input(Mix mix, const Tensor& a, const Tensor& b, const Tensor& w, const Te
 
 }  // namespace
 
-Product product_of(const NormMatmulArgs& a) {
+void matvec_norm(const Context& c, const NormMatmulArgs& a) {
   Product p;
   p.in = input(a.norm ? Mix::Norm : Mix::Plain, a.h, {}, a.norm, {}, a.eps);
   p.act = a.act, p.w = a.w, p.y = a.y.f32(), p.ldy = a.y.row_stride;
   p.exact[0] = {a.w_exact, a.y_exact.f32(), a.y_exact.row_stride};
   p.normed = a.normed.f32();
-  return p;
+  multiply(c, "norm_matmul", p);
 }
 
-Product product_of(const GatedNormMatmulArgs& a) {
+void matvec_gated_norm(const Context& c, const GatedNormMatmulArgs& a) {
   Product p;
   p.in = input(Mix::GatedNorm, a.o, a.z, a.norm, {}, a.eps);
   p.act = a.act, p.w = a.w, p.store = Store::Add, p.y = a.h.f32(), p.ldy = a.h.row_stride;
-  return p;
+  multiply(c, "gated_norm_matmul", p);
 }
 
-Product product_of(const GateMatmulArgs& a) {
+void matvec_gate(const Context& c, const GateMatmulArgs& a) {
   Product p;
   p.in = input(Mix::Gate, a.o, a.gate, {}, {}, 0);
   p.act = a.act, p.w = a.w, p.store = Store::Add, p.y = a.h.f32(), p.ldy = a.h.row_stride;
-  return p;
+  multiply(c, "gate_matmul", p);
 }
 
-Product product_of(const ConcatMatmulArgs& a) {
+void matvec_concat(const Context& c, const ConcatMatmulArgs& a) {
   Product p;
   p.in = input(Mix::Concat, a.a, a.b, a.norm_a, a.norm_b, a.eps);
   p.act = a.act, p.w = a.w, p.y = a.y.f32(), p.ldy = a.y.row_stride;
-  return p;
+  multiply(c, "concat_matmul", p);
 }
 
-Product product_of(const MoeRouterArgs& a) {
+void matvec_router(const Context& c, const MoeRouterArgs& a) {
   Product p;
   p.in = input(Mix::Norm, a.h, {}, a.norm, {}, a.eps);
   p.act = a.shared_act, p.w = a.shared_gate_up, p.store = Store::SwiGLU, p.y = a.shared.f32(), p.ldy = a.shared.row_stride;
   p.exact[0] = {a.router, a.logits.f32(), a.logits.row_stride};
   p.exact[1] = {a.shared_gate, a.shared_scale.f32(), 1, true};
   p.normed = a.x.f32();
-  return p;
+  multiply(c, "moe_router", p);
 }
-
-void matvec_norm(const Context& c, const NormMatmulArgs& a) { multiply(c, "norm_matmul", product_of(a)); }
-void matvec_gated_norm(const Context& c, const GatedNormMatmulArgs& a) { multiply(c, "gated_norm_matmul", product_of(a)); }
-void matvec_gate(const Context& c, const GateMatmulArgs& a) { multiply(c, "gate_matmul", product_of(a)); }
-void matvec_concat(const Context& c, const ConcatMatmulArgs& a) { multiply(c, "concat_matmul", product_of(a)); }
-void matvec_router(const Context& c, const MoeRouterArgs& a) { multiply(c, "moe_router", product_of(a)); }
 
 size_t matvec_scratch(const OpLimits& l) { return matvec_exact_scratch(l); }
 

@@ -47,11 +47,6 @@ struct Product {
   float* normed = nullptr;  // optional out (T, K): x
 };
 
-Product product_of(const NormMatmulArgs&);  // matvec.cu
-Product product_of(const GatedNormMatmulArgs&);
-Product product_of(const GateMatmulArgs&);
-Product product_of(const ConcatMatmulArgs&);
-Product product_of(const MoeRouterArgs&);
 void matvec_exact(const Context&, const char* what, const Product&);
 size_t matvec_exact_scratch(const OpLimits&);
 
