@@ -88,8 +88,8 @@ std::span<const OptionRow> options_table() {
        [](Options& o, const std::string& v) { o.device = parse_device(v); }},
       {"--act", "FORMAT", "round activations of matrix products: f32, bf16, int8 (default int8 on the CPU, bf16 on a GPU)",
        [](Options& o, const std::string& v) { o.act = parse_choice(v, "--act", {"f32", "bf16", "int8"}); }},
-      {"--kv-type", "FORMAT", "KV cache: f32, bf16 (default bf16; f32 with --act f32)",
-       [](Options& o, const std::string& v) { o.kv_type = parse_choice(v, "--kv-type", {"f32", "bf16"}); }},
+      {"--kv-type", "FORMAT", "KV cache: f32, bf16, int8 (default bf16; f32 with --act f32)",
+       [](Options& o, const std::string& v) { o.kv_type = parse_choice(v, "--kv-type", {"f32", "bf16", "int8"}); }},
       {"--ctx,-c", "N", "positions of the context (default: what the model allows, or what fits)",
        [](Options& o, const std::string& v) { o.ctx = parse_count(v, "--ctx", 1, 1 << 24); }},
       {"--ubatch", "N", "tokens per pass in prefill", [](Options& o, const std::string& v) { o.ubatch = parse_count(v, "--ubatch", 1, 16384); }},
@@ -482,7 +482,7 @@ Engine Engine::open(const std::string& path, const Options& options, const Progr
   auto e = std::make_unique<Impl>(QnFile::open(path));
   e->model = read_config(e->file);
   e->act = parse_act(options);
-  e->kv_type = options.kv_type.empty() ? (e->act == Act::F32 ? DType::F32 : DType::BF16) : options.kv_type == "f32" ? DType::F32 : DType::BF16;
+  e->kv_type = options.kv_type == "int8" ? DType::I8 : options.kv_type == "f32" || (options.kv_type.empty() && e->act == Act::F32) ? DType::F32 : DType::BF16;
   e->mtp = options.mtp && e->model.info.mtp;
   e->device = make_device(options);
   e->plan = make_plan(e->file, e->model, options, e->kv_type, e->mtp, *e->device);
@@ -624,7 +624,7 @@ struct Session::Impl {
   // One decoder layer on x (T, D); `index` is its place in the state.
   void run_layer(const Layer& l, int index, const Tensor& x, const StepParams* at) {
     if (l.attention)
-      qn::gated_attention(device, l.attn, attn, x, state.k_cache(index), state.v_cache(index), rope(), at, m.eps, e.act);
+      qn::gated_attention(device, l.attn, attn, x, state.cache(index), rope(), at, m.eps, e.act);
     else
       qn::gated_delta_net(device, l.delta, delta, x, state.conv_ring(index), state.delta(index), at, m.eps, e.act);
     qn::sparse_moe(device, l.moe, moe, x, m.eps, e.act, e.act);

@@ -36,7 +36,7 @@ enum class Verify { Auto, Yes, No };  // Auto: checksums of the weights are chec
 struct Options {
   std::string device = "auto";      // auto | ref | cpu | cuda | cuda:0,1
   std::optional<std::string> act;   // f32 | bf16 | int8; default bf16 on CUDA, else int8
-  std::string kv_type;              // f32 | bf16; default f32 with --act f32, else bf16
+  std::string kv_type;              // f32 | bf16 | int8; default f32 with --act f32, else bf16
   std::string isa = "auto";         // CPU kernels: auto | scalar | avx2 | avx512
   int threads = 0;                  // 0: physical cores
   int ctx = 0;                      // positions; 0: what the model allows, or fits

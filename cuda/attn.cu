@@ -21,6 +21,7 @@
 // so they are in the last two) compute them themselves, rounded as stored, and put them into the tile; the block of rank 0
 // appends them to the cache, where nobody else looks at these positions during the kernel.
 #include <algorithm>
+#include <type_traits>
 
 #include "cuda/attn.cuh"
 #include "ggml-lite/core/limits.h"
@@ -392,8 +393,18 @@ __global__ __launch_bounds__(256) void attn_combine_k(const Attn a, const Few f)
 
 // ---- exact ------------------------------------------------------------------------------------------------------------
 
-__device__ __forceinline__ float to_float(float x) { return x; }
-__device__ __forceinline__ float to_float(__nv_bfloat16 x) { return __bfloat162float(x); }
+// One head's keys or values as fp32
+template <class Stored>
+struct Rows {
+  const Stored* x;         // (C, DH)
+  const uint16_t* scales;  // of codes: (C, groups)
+  int width, groups;
+  __device__ float at(int64_t position, int dim) const {
+    const Stored v = x[position * width + dim];
+    if constexpr (std::is_same_v<Stored, int8_t>) return static_cast<float>(v) * half_bits_to_float(scales[position * groups + dim / kKvGroup]);
+    else return static_cast<float>(v);
+  }
+};
 __device__ __forceinline__ void store_rounded(float* p, float x) { *p = x; }
 __device__ __forceinline__ void store_rounded(__nv_bfloat16* p, float x) { *p = __float2bfloat16_rn(x); }
 
@@ -405,15 +416,17 @@ __global__ __launch_bounds__(64) void attn_append_k(const Attn a) {
   wait_for_previous();
   const int t = static_cast<int>(blockIdx.x), head = static_cast<int>(blockIdx.y), lane = static_cast<int>(threadIdx.x & 31);
   const int pos = a.start() + t;
-  const int64_t at = static_cast<int64_t>(pos) * a.width;
+  const int64_t at = static_cast<int64_t>(pos) * a.width, scales_at = pos * kv_groups(a.width);
+  const auto store = [&](const float* x, Stored* to, uint16_t* scales) {
+    if constexpr (std::is_same_v<Stored, int8_t>) quantise_row(x, a.width, to, scales);
+    else
+      for (int i = lane; i < a.width; i += 32) store_rounded(to + i, x[i]);
+  };
   if (threadIdx.x < 32) {
     norm_rotate<0>(a, a.key(t, head), a.k_norm, pos, row);
-    Stored* k = static_cast<Stored*>(a.k_cache) + head * a.k_stride + at;
-    for (int i = lane; i < a.width; i += 32) store_rounded(k + i, row[i]);
+    store(row, static_cast<Stored*>(a.k_cache) + head * a.k_stride + at, a.k_scales + head * a.k_scales_stride + scales_at);
   } else {
-    const float* x = a.value(t, head);
-    Stored* v = static_cast<Stored*>(a.v_cache) + head * a.v_stride + at;
-    for (int i = lane; i < a.width; i += 32) store_rounded(v + i, x[i]);
+    store(a.value(t, head), static_cast<Stored*>(a.v_cache) + head * a.v_stride + at, a.v_scales + head * a.v_scales_stride + scales_at);
   }
 }
 
@@ -429,8 +442,9 @@ __global__ __launch_bounds__(256, 1) void attn_exact_k(const Attn a) {
   const int pos = a.start() + t, keys = pos + 1;
   if (warp == 0) norm_rotate<0>(a, a.query(t, h), a.q_norm, pos, row);
   __syncthreads();
-  const Stored* k = static_cast<const Stored*>(a.k_cache) + head * a.k_stride + lane;
-  const Stored* v = static_cast<const Stored*>(a.v_cache) + head * a.v_stride + lane;
+  const int groups = static_cast<int>(kv_groups(a.width));
+  const Rows<Stored> k{static_cast<const Stored*>(a.k_cache) + head * a.k_stride, a.k_scales + head * a.k_scales_stride, a.width, groups};
+  const Rows<Stored> v{static_cast<const Stored*>(a.v_cache) + head * a.v_stride, a.v_scales + head * a.v_scales_stride, a.width, groups};
   float q[Slices], o[Slices] = {}, top = -INFINITY, sum = 0;
 #pragma unroll
   for (int i = 0; i < Slices; i++) q[i] = i < slices ? row[32 * i + lane] : 0.f;
@@ -438,12 +452,12 @@ __global__ __launch_bounds__(256, 1) void attn_exact_k(const Attn a) {
     float s[4] = {};
     int64_t at[4];
 #pragma unroll
-    for (int u = 0; u < 4; u++) at[u] = static_cast<int64_t>(min(first + u, keys - 1)) * a.width;
+    for (int u = 0; u < 4; u++) at[u] = min(first + u, keys - 1);
 #pragma unroll
     for (int i = 0; i < Slices; i++) {
       if (i >= slices) continue;
 #pragma unroll
-      for (int u = 0; u < 4; u++) s[u] += q[i] * to_float(k[at[u] + 32 * i]);
+      for (int u = 0; u < 4; u++) s[u] += q[i] * k.at(at[u], 32 * i + lane);
     }
     float higher = top;
 #pragma unroll
@@ -460,7 +474,7 @@ __global__ __launch_bounds__(256, 1) void attn_exact_k(const Attn a) {
       if (i >= slices) continue;
       o[i] *= alpha;
 #pragma unroll
-      for (int u = 0; u < 4; u++) o[i] += s[u] * to_float(v[at[u] + 32 * i]);
+      for (int u = 0; u < 4; u++) o[i] += s[u] * v.at(at[u], 32 * i + lane);
     }
   }
   float* part = row + a.width;
@@ -503,12 +517,14 @@ void attention_append(const Context& ctx, const Attn& a, DType cache) {
   const dim3 grid(static_cast<unsigned>(a.tokens), static_cast<unsigned>(a.kv_heads));
   const size_t bytes = static_cast<size_t>(a.width) * sizeof(float);
   if (cache == DType::F32) launch(ctx, "attention", attn_append_k<float>, grid, 64, bytes, a);
+  else if (cache == DType::I8) launch(ctx, "attention", attn_append_k<int8_t>, grid, 64, bytes, a);
   else launch(ctx, "attention", attn_append_k<__nv_bfloat16>, grid, 64, bytes, a);
 }
 
 void attention_exact(const Context& ctx, const Attn& a, DType cache) {
   attention_append(ctx, a, cache);
   if (cache == DType::F32) exact<float>(ctx, a);
+  else if (cache == DType::I8) exact<int8_t>(ctx, a);
   else exact<__nv_bfloat16>(ctx, a);
 }
 

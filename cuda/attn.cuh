@@ -1,7 +1,7 @@
 // What the attention kernels share (attn.cu, attn_prefill.cu): their parameters, the norm and rotation of one head of one token,
 // and tiles of keys in shared memory.
 #pragma once
-#include "cuda/common.cuh"
+#include "cuda/unpack.cuh"
 
 namespace qn::cuda {
 
@@ -12,6 +12,8 @@ struct Attn {
   const float* inv_freq;          // (half): radians per position
   void *k_cache, *v_cache;        // (HK, C, DH), heads `k_stride` and `v_stride` values apart
   int64_t k_stride, v_stride;
+  uint16_t *k_scales, *v_scales;  // of codes: (HK, C, ceil(DH/128)) fp16, heads `k_scales_stride` and `v_scales_stride` apart
+  int64_t k_scales_stride, v_scales_stride;
   float* o;                       // (T, H*DH)
   const StepParams* step;
   float eps, rope_scale, q_scale;  // q_scale: what scores are multiplied by
@@ -30,6 +32,8 @@ inline Attn make_attn(const AttentionArgs& a) {
   Attn p;
   p.qgkv = a.qgkv.f32(), p.ld = a.qgkv.row_stride, p.q_norm = a.q_norm.f32(), p.k_norm = a.k_norm.f32(), p.inv_freq = a.inv_freq.f32();
   p.k_cache = a.k_cache.data, p.v_cache = a.v_cache.data, p.k_stride = a.k_cache.row_stride, p.v_stride = a.v_cache.row_stride;
+  p.k_scales = a.k_scales.bf16(), p.v_scales = a.v_scales.bf16();
+  p.k_scales_stride = a.k_scales.row_stride, p.v_scales_stride = a.v_scales.row_stride;
   p.o = a.o.f32(), p.step = a.step, p.eps = a.eps, p.rope_scale = a.rope_scale;
   p.width = static_cast<int>(a.q_norm.rows()), p.half = static_cast<int>(a.inv_freq.rows());
   p.q_scale = 1.f / sqrtf(static_cast<float>(p.width));
@@ -102,6 +106,27 @@ __device__ __forceinline__ void norm_rotate(const Attn& a, const float* x, const
     for (int i = lane; i < a.half; i += 32) rotate(i, rotation(pos, a.inv_freq[i], a.rope_scale));
   }
   __syncwarp();
+}
+
+// A row of keys or values as codes (core/blocks.h) by one warp: `width` values -> codes (width) and scales (ceil(width/128)), all of them
+// in shared or in global memory. Whoever calls it gets the same bits.
+__device__ __forceinline__ void quantise_row(const float* x, int width, int8_t* codes, uint16_t* scales) {
+  const int lane = static_cast<int>(threadIdx.x & 31);
+#pragma unroll
+  for (int g = 0; g * kKvGroup < width; g++) {
+    const int at = g * kKvGroup + 4 * lane;  // widths are multiples of 32
+    float v[4] = {};
+    uint32_t largest = 0, packed = 0;
+    if (at < width)
+#pragma unroll
+      for (int i = 0; i < 4; i++) v[i] = x[at + i], largest = max(largest, magnitude_bits(v[i]));
+    const uint16_t bits = kv_scale(__reduce_max_sync(0xffffffffu, largest));
+    const float scale = half_bits_to_float(bits);
+#pragma unroll
+    for (int i = 0; i < 4; i++) packed |= static_cast<uint32_t>(static_cast<uint8_t>(kv_code(v[i], scale))) << (8 * i);
+    if (at < width) *reinterpret_cast<uint32_t*>(codes + at) = packed;
+    if (lane == 0) scales[g] = bits;
+  }
 }
 
 // x = hi + lo, both BF16, to 16 bits of mantissa; two values packed

@@ -425,3 +425,81 @@ TEST_CASE("round_act: int8 with numbers at the edge") {
     CHECK(z[200] == 1.0f);
   }
 }
+
+// ---- rows of an INT8 KV cache
+
+static std::vector<float> through_cache(const std::vector<float>& x) {
+  std::vector<int8_t> codes(x.size(), 99);
+  std::vector<uint16_t> scales(static_cast<size_t>(kv_groups(static_cast<int64_t>(x.size()))), 0x1234);
+  quantize_kv(x, codes.data(), scales.data());
+  std::vector<float> y;
+  for (size_t i = 0; i < x.size(); i++) y.push_back(codes[i] * half_to_float(scales[i / 128]));
+  return y;
+}
+
+TEST_CASE("INT8 cache rows: what codes can say comes back exactly; zeros are zeros; each started 128 has a scale of its own") {
+  for (size_t width : {32, 128, 160, 256}) {
+    std::vector<float> x(width);
+    for (size_t i = 0; i < width; i++) x[i] = static_cast<float>(static_cast<int>(i * 37 % 255) - 127) * (i < 128 ? 0.0625f : 24.f);
+    x[0] = -127 * 0.0625f;
+    if (width > 128) x[128] = 127 * 24.f;
+    CHECK(through_cache(x) == x);
+  }
+  std::vector<float> x(256, 0.f);
+  x[3] = -0.f, x[200] = 5;
+  std::vector<int8_t> codes(256, 99);
+  std::vector<uint16_t> scales(2, 99);
+  quantize_kv(x, codes.data(), scales.data());
+  CHECK(scales == std::vector<uint16_t>{0, float_to_half(5 / 127.f)});
+  for (size_t i = 0; i < 256; i++) REQUIRE(codes[i] == (i == 200 ? 127 : 0));
+  // ties to even, of the scale as it was rounded: 127 / 127
+  std::vector<float> t(32);
+  t[0] = 127, t[1] = 0.5f, t[2] = 1.5f, t[3] = 2.5f, t[4] = -0.5f, t[5] = -1.5f, t[6] = 1.4999f;
+  CHECK(through_cache(t) == std::vector<float>{127, 0, 2, 2, 0, -2, 1, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0});
+}
+
+TEST_CASE("INT8 cache rows: against the definition, of all sizes; nothing is more than half a scale away") {
+  std::mt19937 rng(17);
+  std::normal_distribution<float> normal;
+  int wrong = 0, far = 0;
+  for (int power = -40; power <= 20; power++) {
+    std::vector<float> x(160);
+    for (float& v : x) v = std::ldexp(normal(rng), power);
+    const std::vector<float> y = through_cache(x);
+    for (size_t begin = 0; begin < x.size(); begin += 128) {
+      const size_t end = std::min<size_t>(begin + 128, x.size());
+      double largest = 0;
+      for (size_t i = begin; i < end; i++) largest = std::max(largest, std::fabs(static_cast<double>(x[i])));
+      double scale = half_to_float(float_to_half(static_cast<float>(largest) / 127.f));
+      if (largest / 127 < std::ldexp(1, -14) && largest >= 127.5 * scale) scale += std::ldexp(1, -24);  // the next of the coarse ones
+      for (size_t i = begin; i < end; i++) {
+        wrong += y[i] != std::nearbyint(static_cast<float>(x[i] / scale)) * scale;
+        far += std::fabs(static_cast<double>(x[i]) - y[i]) > scale * (0.5 + 1e-5);
+      }
+    }
+  }
+  CHECK(wrong == 0);
+  CHECK(far == 0);
+  int beyond = 0;  // the largest value of every scale there is, and its neighbours
+  for (uint16_t h = 1; h < 0x7c00; h++)
+    for (float factor : {126.5f, 127.f, 127.5f})
+      for (uint32_t bits = float_to_bits(half_to_float(h) * factor) - 2, i = 0; i < 5; i++) {
+        const float most = bits_to_float(bits + i), scale = half_to_float(kv_scale(bits + i));
+        const int code = kv_code(most, scale), other = kv_code(-most, scale);
+        beyond += std::isfinite(scale) && (code > 127 || code < (h < 0x400 ? 1 : 127) || other != -code);
+      }
+  CHECK(beyond == 0);
+}
+
+TEST_CASE("INT8 cache rows: NaN, infinity and what is too large stay visible, in their own 128 alone") {
+  for (const float bad : {NAN, -NAN, INFINITY, -INFINITY, 1e7f, -3e38f}) {
+    std::vector<float> x(256, 1.f);
+    x[5] = bad;
+    const std::vector<float> y = through_cache(x);
+    for (size_t i = 0; i < 128; i++) REQUIRE(std::isnan(y[i]));
+    for (size_t i = 128; i < 256; i++) REQUIRE(std::fabs(y[i] - 1) < 1e-3f);
+  }
+  std::vector<float> x(128, 1e4f);
+  x[0] = 127 * 65504.f;
+  CHECK(through_cache(x)[0] == x[0]);
+}

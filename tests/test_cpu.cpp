@@ -426,6 +426,7 @@ struct AttentionSequence {
     const int64_t columns = 2 * (heads + kv) * width, context = tokens + 5;
     Floats o(static_cast<size_t>(tokens * heads * width));
     std::vector<uint8_t> k(static_cast<size_t>(kv * context * width * item_bytes(cache))), v = k;
+    std::vector<uint16_t> ks(static_cast<size_t>(kv * context * kv_groups(width))), vs = ks;
     for (int64_t pos = 0; pos < tokens;) {
       const int64_t n = pos < begin ? std::min<int64_t>(64, begin - pos) : std::min(cut, tokens - pos);
       const StepParams step{static_cast<int32_t>(pos), static_cast<int32_t>(n)};
@@ -433,6 +434,7 @@ struct AttentionSequence {
       a.qgkv = of(qkv, tokens, columns).slice(pos, n), a.q_norm = of(q_norm, width), a.k_norm = of(k_norm, width);
       a.inv_freq = of(freq, static_cast<int64_t>(freq.size())), a.rope_scale = 1.1f;
       a.k_cache = view(k.data(), cache, kv, context, width), a.v_cache = view(v.data(), cache, kv, context, width);
+      if (cache == DType::I8) a.k_scales = view(ks.data(), DType::F16, kv, context, kv_groups(width)), a.v_scales = view(vs.data(), DType::F16, kv, context, kv_groups(width));
       a.heads = static_cast<int>(heads), a.kv_heads = static_cast<int>(kv), a.o = of(o, tokens, heads * width).slice(pos, n), a.step = &step;
       d.attention(a);
       pos += n;
@@ -445,9 +447,10 @@ struct AttentionSequence {
 
 TEST_CASE("cpu device: attention, any cut of a sequence, any threads") {
   for (const Level& level : levels())
-    for (int64_t length : {1, 255, 256, 257, 1000}) {
+    for (int64_t length : {1, 255, 256, 257, 258, 1000}) {
       if (length == 1000 && level.isa == Isa::Scalar) continue;
-      AttentionSequence s(length, length == 256 ? 13 : 8, length == 256 ? 1 : 2, 32, length % 2 ? DType::F32 : DType::BF16);
+      const DType cache = length == 258 ? DType::I8 : length % 2 ? DType::F32 : DType::BF16;
+      AttentionSequence s = cache == DType::I8 ? AttentionSequence(length, 3, 1, 160, cache) : AttentionSequence(length, length == 256 ? 13 : 8, length == 256 ? 1 : 2, 32, cache);
       const auto one = device(level, 1);
       const Floats want = s.run(*one, 0, 64);
       for (int threads : {1, 2, 4}) {
@@ -455,10 +458,10 @@ TEST_CASE("cpu device: attention, any cut of a sequence, any threads") {
         for (int64_t cut : {1, 3, 64})  // near the end, where there are most blocks
           CHECK_MESSAGE(same_bits(want, s.run(*d, std::max<int64_t>(0, length - 9), cut)), d->name(), ": ", length, " keys, calls of ", cut);
       }
-      if (length == 256 || length == 257) {
+      if (length == 256 || length == 257 || length == 258) {
         const auto ref = make_ref_device();
         const Floats exact = s.run(*ref, 0, 64);
-        const Close c = close(exact, want, s.cache == DType::F32 ? 1e-10 : 1e-6, 1e-2);
+        const Close c = close(exact, want, s.cache == DType::F32 ? 1e-10 : s.cache == DType::I8 ? 1e-5 : 1e-6, 1e-2);
         CHECK_MESSAGE(c.ok, std::string(level.kernels->name), ": ", c.text());
       }
     }

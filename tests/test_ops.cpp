@@ -8,6 +8,10 @@
 //   With rounded activations, inputs computed inside an operation (after its norm) may differ by one fp32 ulp between devices and then
 //   fall on the other side of a rounding boundary: that moves single codes by one step (2^-8 or 1/127 of a value), rarely; nmse
 //   1e-6, still four decades below what losing one tile of sixteen costs.
+//   An INT8 cache stores keys in steps of 1/127 of the largest of 128 values, about 1/40 of their rms. Devices that differ by an ulp
+//   before rounding move single codes by one such step, and, where a scale falls on the other side of a boundary of fp16, one code of
+//   fifty of a group: (1/40)^2 / 50 = 1.3e-5 of that group, in a cache of at least four rows of two. nmse 1e-5, and 4e-2 rms for the step.
+//   Products with codes are as good as fp32 on every device (a code is exact in BF16, scales meet sums in fp32) and add nothing to that.
 #include <doctest/doctest.h>
 
 #include <cstring>
@@ -92,6 +96,8 @@ class Bench {
     std::vector<uint8_t> bytes(2 * kGuard + n * static_cast<size_t>(item_bytes(type)), 0xa5);
     for (size_t i = 0; i < n; i++)
       if (type == DType::BF16) reinterpret_cast<uint16_t*>(&bytes[kGuard])[i] = float_to_bf16(start[i]);
+      else if (type == DType::F16) reinterpret_cast<uint16_t*>(&bytes[kGuard])[i] = float_to_half(start[i]);
+      else if (type == DType::I8) bytes[kGuard + i] = static_cast<uint8_t>(static_cast<int8_t>(start[i]));
       else reinterpret_cast<float*>(&bytes[kGuard])[i] = start[i];
     buffers_.push_back(device_.alloc(bytes.size(), name));
     device_.upload(buffers_.back().data(), bytes.data(), bytes.size());
@@ -119,6 +125,8 @@ class Bench {
         float f;
         int32_t v;
         if (o.t.dtype == DType::BF16) f = bf16_to_float(reinterpret_cast<const uint16_t*>(&bytes[kGuard])[i]);
+        else if (o.t.dtype == DType::F16) f = half_to_float(reinterpret_cast<const uint16_t*>(&bytes[kGuard])[i]);
+        else if (o.t.dtype == DType::I8) f = static_cast<int8_t>(bytes[kGuard + i]);
         else if (o.t.dtype == DType::I32) std::memcpy(&v, &bytes[kGuard + 4 * i], 4), f = static_cast<float>(v + 1);
         else std::memcpy(&f, &bytes[kGuard + 4 * i], 4);
         o.report.after.push_back(f);
@@ -178,6 +186,7 @@ struct Case {
   std::string name;
   Act act;
   std::function<void(Device&, Bench&)> run;
+  bool codes = false;  // of an INT8 cache among the outputs
 };
 
 struct Format {
@@ -258,12 +267,24 @@ void attention_case(std::vector<Case>& out, int pos, int64_t t, int h, int hk, i
                    Floats freq;
                    for (int64_t i = 0; i < r / 2; i++) freq.push_back(static_cast<float>(std::pow(1e7, -2.0 * static_cast<double>(i) / static_cast<double>(r))));
                    a.inv_freq = b.in(freq, r / 2), a.rope_scale = pos % 2 ? 1.1386f : 1.f;
-                   a.k_cache = b.out("k_cache", hk, c, dh, b.normals(hk * c * dh, 1), kv);
-                   a.v_cache = b.out("v_cache", hk, c, dh, b.normals(hk * c * dh, 1), kv);
+                   const auto cache = [&](const char* name, const char* scales, Tensor& values, Tensor& of_codes) {
+                     const Floats x = b.normals(hk * c * dh, 1);
+                     if (kv != DType::I8) return void(values = b.out(name, hk, c, dh, x, kv));
+                     const int64_t groups = kv_groups(dh);
+                     std::vector<int8_t> codes(x.size());
+                     std::vector<uint16_t> halves(static_cast<size_t>(hk * c * groups));
+                     for (int64_t r = 0; r < hk * c; r++) quantize_kv(std::span(x).subspan(r * dh, dh), &codes[r * dh], &halves[r * groups]);
+                     values = b.out(name, hk, c, dh, Floats(codes.begin(), codes.end()), DType::I8);
+                     Floats start;
+                     for (uint16_t h : halves) start.push_back(half_to_float(h));
+                     of_codes = b.out(scales, hk, c, groups, start, DType::F16);
+                   };
+                   cache("k_cache", "k_scales", a.k_cache, a.k_scales);
+                   cache("v_cache", "v_scales", a.v_cache, a.v_scales);
                    a.heads = h, a.kv_heads = hk, a.step = b.step(pos, static_cast<int>(t));
                    a.o = b.out("o", t, h * dh);
                    d.attention(a);
-                 }});
+                 }, kv == DType::I8});
 }
 
 void moe_cases(std::vector<Case>& out, Format f, Format shared, Act act, int64_t t, int e, int k, int64_t dim, int64_t width, int64_t fs) {
@@ -362,12 +383,15 @@ std::vector<Case> table() {
     delta_case(c, 7, 3, 2, 2, 64, 32, conv);
     delta_case(c, 9, 5, 1, 3, 32, 96, conv);
   }
-  for (DType kv : {DType::F32, DType::BF16}) {
+  for (DType kv : {DType::F32, DType::BF16, DType::I8}) {
     for (int pos : {0, 1, 15, 63, 64, 255, 256, 300}) attention_case(c, pos, 1, 8, 1, 256, 64, kv);
     for (int64_t t : {2, 5, 8, 65}) attention_case(c, static_cast<int>(t) - 2, t, 4, 2, 256, 64, kv);
     attention_case(c, 250, 9, 4, 4, 128, 128, kv);
     attention_case(c, 3, 2, 6, 2, 32, 8, kv);
   }
+  for (int t = 1; t <= 9; t++) attention_case(c, 130 - t, t, 4, 2, 256, 64, DType::I8);  // across a boundary of tiles; all few, then many
+  for (int64_t dh : {96, 128, 160, 288}) attention_case(c, 70, 3, 3, 1, dh, 32, DType::I8);  // remainders of a group
+  attention_case(c, 33, 100, 16, 2, 256, 64, DType::I8);
   for (DType t : {DType::F32, DType::BF16})
     c.push_back({std::string("embed ") + name(t), Act::F32, [=](Device& d, Bench& b) {
                    EmbedArgs a;
@@ -380,7 +404,7 @@ std::vector<Case> table() {
 // The comparison every device has to pass and every mutant has to fail.
 Close compare(const Case& c, const Output& ref, const Floats& got) {
   const bool exact = c.act == Act::F32;
-  return close(ref.after, got, exact ? 1e-10 : 1e-6, (exact ? 2e-4 : 2e-2) * rms(ref.after));
+  return close(ref.after, got, exact ? 1e-10 : c.codes ? 1e-5 : 1e-6, (exact ? 2e-4 : c.codes ? 4e-2 : 2e-2) * rms(ref.after));
 }
 
 Outputs run(const Case& c, Device& d) {
@@ -476,6 +500,22 @@ TEST_CASE("contracts refuse what does not fit") {
   CHECK_THROWS_AS(d->norm_matmul(a), Bug);
   a.w = b.weights(DType::INT4, 8, 128, 64).columns(0, 64);
   CHECK_THROWS_AS(d->norm_matmul(a), Bug);  // panels cannot be cut along K
+}
+
+TEST_CASE("contracts: an INT8 cache has scales, others have none") {
+  const auto d = make_ref_device();
+  Bench b(*d, 1);
+  AttentionArgs a;
+  a.qgkv = b.in(b.normals(512, 1), 1, 512), a.q_norm = a.k_norm = b.in(b.normals(128, 1), 128), a.inv_freq = b.in(b.normals(8, 1), 8);
+  a.heads = a.kv_heads = 1, a.step = b.step(0, 1), a.o = b.out("o", 1, 128);
+  a.k_cache = b.out("k", 1, 4, 128, {}, DType::I8), a.v_cache = b.out("v", 1, 4, 128, {}, DType::I8);
+  CHECK_THROWS_AS(d->attention(a), Bug);
+  a.k_scales = b.out("ks", 1, 4, 1, {}, DType::F16), a.v_scales = b.out("vs", 1, 4, 2, {}, DType::F16);
+  CHECK_THROWS_AS(d->attention(a), Bug);  // one scale for 128 values
+  a.v_scales = b.out("vs", 1, 4, 1, {}, DType::F16);
+  CHECK_NOTHROW(d->attention(a));
+  a.k_cache = b.out("k", 1, 4, 128, {}, DType::BF16), a.v_cache = b.out("v", 1, 4, 128, {}, DType::BF16);
+  CHECK_THROWS_AS(d->attention(a), Bug);
 }
 
 TEST_CASE("contracts refuse outputs that share memory with what is read") {

@@ -133,4 +133,37 @@ QN_HD inline uint16_t float_to_half(float f) {
   return static_cast<uint16_t>(sign | (r >> 13));
 }
 
+// The INT8 KV cache. A key (after RoPE) or value of DH dims is DH signed codes and a scale for every started 128 dims:
+// x[i] = code[i] * scale[i / 128], which fp32 holds exactly. Codes lie apart from scales, so that a row of codes begins where 16-byte
+// loads want it; of one layer, head g, position p, S = ceil(DH / 128):
+//
+//   K codes (HK, C, DH) int8     byte (g*C + p)*DH + i        ... [ p: code 0 | code 1 | ... | code DH-1 ][ p + 1: ... ] ...
+//   K scales (HK, C, S) fp16     byte ((g*C + p)*S + i/128)*2 ... [ p: of dims 0..127 | of 128..255 ][ p + 1: ... ] ...
+//   V likewise                                                DH 256: 256 + 4 bytes a row
+//
+//   scale = max|x| / 127 rounded to fp16; one step up where that would put the largest beyond code 127 (only scales below 2^-14 are
+//           that coarse), so that no value is more than half a scale away. 0 for zeros alone.
+//   code  = the integer next to x / scale, ties to even, with the scale as it was rounded.
+//
+// NaN, an infinity, or a value beyond 127 * 65504 makes the scale of its 128 values NaN and their codes 0: whatever meets them is NaN.
+inline constexpr int kKvGroup = 128;
+QN_HD constexpr int64_t kv_groups(int64_t width) { return (width + kKvGroup - 1) / kKvGroup; }
+QN_HD constexpr int64_t kv_row_bytes(DType t, int64_t width) { return width * item_bytes(t) + (t == DType::I8 ? kv_groups(width) * 2 : 0); }
+static_assert(kv_row_bytes(DType::BF16, 256) == 512 && kv_row_bytes(DType::I8, 256) == 260 && kv_row_bytes(DType::I8, 160) == 164);
+
+// Magnitudes as integers order like floats, infinity and then NaN above all: a maximum of these bits loses none of them.
+QN_HD inline uint32_t magnitude_bits(float x) { return float_to_bits(x) & 0x7fffffffu; }
+QN_HD inline uint16_t kv_scale(uint32_t largest) {
+  if (largest == 0) return 0;
+  const float most = bits_to_float(largest);
+  uint16_t s = float_to_half(most / 127.f);
+  if (127.5f * half_to_float(s) <= most) s++;  // the product is exact
+  return s < 0x7c00 ? s : uint16_t{0x7e00};
+}
+QN_HD inline int8_t kv_code(float x, float scale) {
+  if (!(scale > 0)) return 0;
+  // 1.5 * 2^23: the sum is rounded to an integer, which its low bits are
+  return static_cast<int8_t>(static_cast<int32_t>(float_to_bits(x / scale + 12582912.f) - 0x4b400000u));
+}
+
 }  // namespace qn

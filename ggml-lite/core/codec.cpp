@@ -70,6 +70,17 @@ void round_act(Act act, std::span<float> x) {
   }
 }
 
+void quantize_kv(std::span<const float> x, int8_t* codes, uint16_t* scales) {
+  for (size_t begin = 0; begin < x.size(); begin += kKvGroup) {
+    const size_t end = std::min<size_t>(begin + kKvGroup, x.size());
+    uint32_t largest = 0;
+    for (size_t i = begin; i < end; i++) largest = std::max(largest, magnitude_bits(x[i]));
+    const uint16_t bits = scales[begin / kKvGroup] = kv_scale(largest);
+    const float scale = half_to_float(bits);
+    for (size_t i = begin; i < end; i++) codes[i] = kv_code(x[i], scale);
+  }
+}
+
 // Calls f(row, column, tile byte) for every code of a panel; column runs to the padded K.
 template <class F>
 static void each_code(DType dtype, int64_t k, int group, F f) {

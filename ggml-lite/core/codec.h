@@ -14,6 +14,8 @@ void decode_row(const Tensor& w, int64_t n, std::span<float> out);
 void round_act(Act act, std::span<float> x);
 // INT8 activations: codes (K) and scales (ceil(K/128)) of one token.
 void quantize_act(std::span<const float> x, std::span<int8_t> codes, std::span<float> scales);
+// A row of an INT8 KV cache (core/blocks.h): codes (DH) and scales (ceil(DH / 128), fp16) of one key or value.
+void quantize_kv(std::span<const float> x, int8_t* codes, uint16_t* scales);
 
 // Writes rows 16p..16p+15 of a T16 panel from codes (16, Kp) (already excess-8 / excess-128) and scales (Kp/group, 16) fp16.
 void write_panel(DType dtype, int64_t k, int group, const uint8_t* codes, const uint16_t* scales, uint8_t* panel);

@@ -191,10 +191,17 @@ void Device::attention(const AttentionArgs& a) {
   QN_CHECK(2 * a.inv_freq.rows() <= dh, "%s: %lld rotated dims of %lld", op, static_cast<long long>(2 * a.inv_freq.rows()), static_cast<long long>(dh));
   for (const Tensor* c : {&a.k_cache, &a.v_cache})
     QN_CHECK(*c && c->ndim == 3 && c->shape[0] == hk && c->shape[2] == dh && c->shape[1] == a.k_cache.shape[1] && c->dtype == a.k_cache.dtype &&
-                 (c->dtype == DType::F32 || c->dtype == DType::BF16),
-             "%s: cache: expected (%lld, C, %lld), got %s", op, static_cast<long long>(hk), static_cast<long long>(dh), shape(*c).c_str());
+                 (c->dtype == DType::F32 || c->dtype == DType::BF16 || c->dtype == DType::I8),
+             "%s: cache: expected f32, bf16 or int8 (%lld, C, %lld), got %s", op, static_cast<long long>(hk), static_cast<long long>(dh), shape(*c).c_str());
+  for (const Tensor* s : {&a.k_scales, &a.v_scales})
+    if (a.k_cache.dtype == DType::I8)
+      QN_CHECK(*s && s->dtype == DType::F16 && s->ndim == 3 && s->shape[0] == hk && s->shape[1] == a.k_cache.shape[1] && s->shape[2] == kv_groups(dh),
+               "%s: scales: expected f16 (%lld, %lld, %lld), got %s", op, static_cast<long long>(hk), static_cast<long long>(a.k_cache.shape[1]),
+               static_cast<long long>(kv_groups(dh)), shape(*s).c_str());
+    else
+      QN_CHECK(!*s, "%s: scales of a cache of %s: expected none, got %s", op, qn::name(a.k_cache.dtype), shape(*s).c_str());
   check_act(op, "o", a.o, t, h * dh);
-  check_disjoint(op, {{"o", a.o}, {"k_cache", a.k_cache}, {"v_cache", a.v_cache}}, {{"qgkv", a.qgkv}});
+  check_disjoint(op, {{"o", a.o}, {"k_cache", a.k_cache}, {"v_cache", a.v_cache}, {"k_scales", a.k_scales}, {"v_scales", a.v_scales}}, {{"qgkv", a.qgkv}});
   if (begin(Op::Attention, 0)) do_attention(a);
 }
 

@@ -96,7 +96,9 @@ struct AttentionArgs {
   float eps = 1e-6f;
   Tensor inv_freq;        // (R/2): radians per position
   float rope_scale = 1;   // factor on cos and sin (YaRN attention factor)
-  Tensor k_cache, v_cache;  // in/out (HK, C, DH) F32 or BF16 (rounded to nearest even when stored)
+  Tensor k_cache, v_cache;  // in/out (HK, C, DH) F32, BF16 (rounded to nearest even when stored) or I8 codes (core/blocks.h). What
+                            // is attended to is what was stored, also for the keys and values of this call.
+  Tensor k_scales, v_scales;  // in/out (HK, C, ceil(DH/128)) F16: of codes, else empty
   int heads = 0, kv_heads = 0;
   Tensor o;               // out (T, H*DH)
   const StepParams* step = nullptr;

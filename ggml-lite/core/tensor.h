@@ -27,6 +27,7 @@ struct Tensor {
   float* f32(int64_t row = 0) const { return static_cast<float*>(data) + row * row_stride; }
   int32_t* i32(int64_t row = 0) const { return static_cast<int32_t*>(data) + row * row_stride; }
   uint16_t* bf16(int64_t row = 0) const { return static_cast<uint16_t*>(data) + row * row_stride; }
+  int8_t* i8(int64_t row = 0) const { return static_cast<int8_t*>(data) + row * row_stride; }
   const uint8_t* bytes() const { return static_cast<const uint8_t*>(data); }
   // (rows, n) view of columns [begin, begin + n). Panels cannot be cut along K: of T16 it is empty, which every contract refuses.
   Tensor columns(int64_t begin, int64_t n) const {

@@ -12,8 +12,11 @@ enum class DType : uint8_t {
   U8 = 3,    // bytes of tables (tokenizer)
   INT8 = 4,  // T16 panels, 8-bit codes, one fp16 scale per group and row   (core/blocks.h)
   INT4 = 5,  // T16 panels, 4-bit codes, one fp16 scale per group and row
+  // From here on in memory only: a file that holds one is refused.
+  I8 = 6,    // signed codes of an INT8 KV cache (core/blocks.h)
+  F16 = 7,   // their scales
 };
-inline constexpr int kDTypes = 6;
+inline constexpr int kDTypes = 6;  // of files
 
 constexpr const char* name(DType t) {
   switch (t) {
@@ -23,6 +26,8 @@ constexpr const char* name(DType t) {
     case DType::U8: return "u8";
     case DType::INT8: return "int8";
     case DType::INT4: return "int4";
+    case DType::I8: return "int8";  // as --kv-type says it; nothing takes both kinds
+    case DType::F16: return "f16";
   }
   return "?";
 }
@@ -35,8 +40,10 @@ constexpr int64_t item_bytes(DType t) {
   switch (t) {
     case DType::F32:
     case DType::I32: return 4;
-    case DType::BF16: return 2;
-    case DType::U8: return 1;
+    case DType::BF16:
+    case DType::F16: return 2;
+    case DType::U8:
+    case DType::I8: return 1;
     default: return 0;
   }
 }

@@ -7,6 +7,7 @@
 #include <cmath>
 #include <cstring>
 
+#include "ggml-lite/core/codec.h"
 #include "ggml-lite/cpu/cpu_device.h"
 
 namespace qn::cpu {
@@ -24,9 +25,16 @@ static void rotate(float* x, const float* cosines, const float* sines, int64_t h
   }
 }
 
-static void append(const Tensor& cache, int64_t head, int64_t pos, const float* x) {
+// The scales of a position: of the caches of codes; null for the others
+static uint16_t* scales_at(const Tensor& scales, int64_t head, int64_t pos) {
+  return scales ? scales.bf16(head) + pos * scales.shape[2] : nullptr;
+}
+
+static void append(const Tensor& cache, const Tensor& scales, int64_t head, int64_t pos, const float* x) {
   const int64_t width = cache.shape[2];
-  if (cache.dtype == DType::F32) {
+  if (cache.dtype == DType::I8) {
+    quantize_kv({x, static_cast<size_t>(width)}, cache.i8(head) + pos * width, scales_at(scales, head, pos));
+  } else if (cache.dtype == DType::F32) {
     std::memcpy(cache.f32(head) + pos * width, x, width * 4);
   } else {
     uint16_t* to = cache.bf16(head) + pos * width;
@@ -43,8 +51,9 @@ Attend CpuDevice::block(const AttentionArgs& a, const AttentionCall& c, int64_t 
                         float* part) {
   Attend b;
   b.q = reinterpret_cast<const float*>(c.q[t]) + g * c.group * c.width;
-  b.k = key_row(a.k_cache, g, first), b.v = key_row(a.v_cache, g, first), b.bf16 = a.k_cache.dtype == DType::BF16;
-  b.heads = static_cast<int>(c.group), b.width = static_cast<int>(c.width);
+  b.k = key_row(a.k_cache, g, first), b.v = key_row(a.v_cache, g, first), b.cache = a.k_cache.dtype;
+  b.k_scales = scales_at(a.k_scales, g, first), b.v_scales = scales_at(a.v_scales, g, first);
+  b.heads = static_cast<int>(c.group), b.width = static_cast<int>(c.width), b.groups = static_cast<int>(kv_groups(c.width));
   b.keys = static_cast<int>(std::min<int64_t>(kKeys, a.step->pos + t + 1 - first));
   b.scores = scores, b.part = part;
   return b;
@@ -75,9 +84,9 @@ void CpuDevice::append_and_rotate(const AttentionArgs& a, AttentionCall& c, int 
     } else if (j < heads + kv) {
       norm(row + (heads + j) * width, a.k_norm, a.eps, width, key);
       rotate(key, cosines, sines, half);
-      append(a.k_cache, j - heads, pos, key);
+      append(a.k_cache, a.k_scales, j - heads, pos, key);
     } else {
-      append(a.v_cache, j - heads - kv, pos, row + (heads + j) * width);
+      append(a.v_cache, a.v_scales, j - heads - kv, pos, row + (heads + j) * width);
     }
   }
 }

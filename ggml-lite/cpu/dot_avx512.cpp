@@ -21,6 +21,8 @@ F load(const float* p) { return _mm512_loadu_ps(p); }
 F load(const uint16_t* p) {
   return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))), 16));
 }
+F load(const int8_t* p) { return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)))); }
+F all_half(const uint16_t* p) { return _mm512_cvtph_ps(_mm256_set1_epi16(static_cast<int16_t>(*p))); }
 void store(float* p, F v) { _mm512_storeu_ps(p, v); }
 F fma(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }
 F add(F a, F b) { return _mm512_add_ps(a, b); }

@@ -15,6 +15,8 @@ F zero() { return 0; }
 F all(float x) { return x; }
 F load(const float* p) { return *p; }
 F load(const uint16_t* p) { return bf16_to_float(*p); }
+F load(const int8_t* p) { return *p; }
+F all_half(const uint16_t* p) { return half_to_float(*p); }
 void store(float* p, F v) { *p = v; }
 F fma(F a, F b, F c) { return a * b + c; }
 F add(F a, F b) { return a + b; }

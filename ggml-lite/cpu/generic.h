@@ -2,7 +2,8 @@
 // includes this file. Everything is in anonymous namespaces, here and there, so that each file keeps its own copy:
 //
 //   F                          L floats, 32 % L == 0
-//   zero() all(x) load(p) store(p, v)      load of const uint16_t* widens bf16
+//   zero() all(x) load(p) store(p, v)      load of const uint16_t* widens bf16, of const int8_t* integers
+//   all_half(p)                one fp16 in every lane
 //   fma(a, b, c) = a * b + c   add sub mul divide larger(a, b) absolute(v)
 //   sum(v) largest(v)          over the lanes, in one fixed order
 //   sums(F (&v)[N], out)       of N vectors at once, N = 1 or what attend asks for
@@ -314,6 +315,14 @@ void delta_step(float* s, int64_t stride, int64_t dk, int64_t cols, const float*
 
 // ---- attention
 
+// L values from dim i of key j. A code times its scale is exact in fp32.
+template <class C>
+F cached(const Attend& a, const C* rows, const uint16_t* scales, int j, int i) {
+  const C* row = rows + static_cast<int64_t>(j) * a.width + i;
+  if constexpr (sizeof(C) == 1) return mul(load(row), all_half(scales + j * a.groups + i / kKvGroup));
+  else return load(row);
+}
+
 // Dot products of H heads with keys; N keys at a time, so that a load of q serves N products. The order of a sum depends on H,
 // never on N.
 template <int H, int N, class C>
@@ -327,7 +336,7 @@ void scores_of(const Attend& a, const C* k, int head, int key) {
   for (int i = 0; i < a.width; i += L) {
     F x[N];
     QN_UNROLL
-    for (int n = 0; n < N; n++) x[n] = load(k + static_cast<int64_t>(key + n) * a.width + i);
+    for (int n = 0; n < N; n++) x[n] = cached(a, k, a.k_scales, key + n, i);
     QN_UNROLL
     for (int h = 0; h < H; h++) {
       const F y = load(q + h * a.width + i);
@@ -370,7 +379,7 @@ void weigh(const Attend& a, const C* v, int head) {
     for (int j = 0; j < a.keys; j++) {
       F x[N];
       QN_UNROLL
-      for (int n = 0; n < N; n++) x[n] = load(v + static_cast<int64_t>(j) * a.width + i + n * L);
+      for (int n = 0; n < N; n++) x[n] = cached(a, v, a.v_scales, j, i + n * L);
       QN_UNROLL
       for (int h = 0; h < H; h++) {
         const F s = all(a.scores[(head + h) * kKeys + j]);
@@ -415,7 +424,11 @@ void attend_as(const Attend& a) {
   for (; h + kMany <= a.heads; h += kMany) weigh<kMany>(a, v, h);
   for (; h < a.heads; h++) weigh<1>(a, v, h);
 }
-void attend(const Attend& a) { a.bf16 ? attend_as<uint16_t>(a) : attend_as<float>(a); }
+void attend(const Attend& a) {
+  if (a.cache == DType::I8) attend_as<int8_t>(a);
+  else if (a.cache == DType::BF16) attend_as<uint16_t>(a);
+  else attend_as<float>(a);
+}
 
 float exponent1(float x) {
   float e[L];

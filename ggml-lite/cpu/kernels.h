@@ -51,8 +51,9 @@ using ProductFn = void (*)(const Product&, const uint8_t* w, int rows, const uin
 struct Attend {
   const float* q;         // (heads, width), already scaled
   const void *k, *v;      // (keys, width)
-  bool bf16;              // of k and v
-  int heads, keys, width;
+  DType cache;            // of k and v: F32, BF16 or I8
+  const uint16_t *k_scales, *v_scales;  // I8: (keys, groups) fp16
+  int heads, keys, width, groups;  // groups: scales of a row
   float* scores;          // scratch (heads, kKeys)
   float* part;            // out: per head, width + kPartExtra apart: weighted sum of v (width), largest score, sum of exponentials
 };

@@ -2,8 +2,8 @@
 
 namespace qn {
 
-void gated_attention(Device& device, const AttentionWeights& w, const AttentionScratch& s, const Tensor& h, const Tensor& k_cache,
-                     const Tensor& v_cache, const Rope& rope, const StepParams* step, float eps, Act act) {
+void gated_attention(Device& device, const AttentionWeights& w, const AttentionScratch& s, const Tensor& h, const KvCache& cache,
+                     const Rope& rope, const StepParams* step, float eps, Act act) {
   const int64_t t = h.rows(), width = w.heads * w.q_norm.rows();
   const Tensor qgkv = s.qgkv.slice(0, t), o = s.o.slice(0, t);
 
@@ -14,7 +14,7 @@ void gated_attention(Device& device, const AttentionWeights& w, const AttentionS
   AttentionArgs a;  // -> (T, H*DH)
   a.qgkv = qgkv, a.q_norm = w.q_norm, a.k_norm = w.k_norm, a.eps = eps;
   a.inv_freq = rope.inv_freq, a.rope_scale = rope.scale;
-  a.k_cache = k_cache, a.v_cache = v_cache;
+  a.k_cache = cache.k, a.v_cache = cache.v, a.k_scales = cache.k_scales, a.v_scales = cache.v_scales;
   a.heads = w.heads, a.kv_heads = w.kv_heads, a.o = o, a.step = step;
   device.attention(a);
 

@@ -1,6 +1,7 @@
 // A gated attention mixer: h += W_out( attention(norm(h)) * sigmoid(gate) ).
 #pragma once
 #include "ggml-lite/core/device.h"
+#include "ggml-lite/nn/hybrid_state.h"  // KvCache
 
 namespace qn {
 
@@ -23,8 +24,8 @@ struct Rope {
   float scale = 1;
 };
 
-// h (T, D) in/out; k_cache, v_cache (HK, C, DH) appended at step->pos.
-void gated_attention(Device& device, const AttentionWeights& w, const AttentionScratch& s, const Tensor& h, const Tensor& k_cache,
-                     const Tensor& v_cache, const Rope& rope, const StepParams* step, float eps, Act act);
+// h (T, D) in/out; the cache is appended to at step->pos.
+void gated_attention(Device& device, const AttentionWeights& w, const AttentionScratch& s, const Tensor& h, const KvCache& cache,
+                     const Rope& rope, const StepParams* step, float eps, Act act);
 
 }  // namespace qn

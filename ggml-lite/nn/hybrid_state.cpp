@@ -8,13 +8,15 @@
 namespace qn {
 
 static int64_t layer_floats(const StateShape& s) { return s.value_heads * s.key_dim * s.value_dim + s.conv_slots * s.conv_channels(); }
-static int64_t cache_values(const StateShape& s) { return s.kv_heads * s.context * s.head_dim; }
+static int64_t cache_rows(const StateShape& s) { return s.kv_heads * s.context; }
+static int64_t cache_bytes(const StateShape& s) { return cache_rows(s) * s.head_dim * item_bytes(s.kv_type); }  // of K or V, without scales
+static int64_t scale_bytes(const StateShape& s) { return s.kv_type == DType::I8 ? cache_rows(s) * kv_groups(s.head_dim) * item_bytes(DType::F16) : 0; }
 static int64_t layers_of(const StateShape& s, bool attention) { return std::ranges::count(s.attention, attention); }
 
 uint64_t StateShape::recurrent_bytes() const {
   return static_cast<uint64_t>(layers_of(*this, false) * layer_floats(*this) + tail) * sizeof(float);
 }
-uint64_t StateShape::kv_bytes() const { return static_cast<uint64_t>(layers_of(*this, true) * 2 * cache_values(*this) * item_bytes(kv_type)); }
+uint64_t StateShape::kv_bytes() const { return static_cast<uint64_t>(layers_of(*this, true) * 2 * (cache_bytes(*this) + scale_bytes(*this))); }
 
 uint64_t HybridState::checkpoints_kept(const StateShape& shape, uint64_t checkpoint_bytes) {
   return std::max<uint64_t>(3, std::min<uint64_t>(64, checkpoint_bytes / shape.recurrent_bytes()));
@@ -38,14 +40,18 @@ Tensor HybridState::conv_ring(int layer) const {
   const Tensor s = delta(layer);
   return view(s.f32(shape_.value_heads), DType::F32, shape_.conv_slots, shape_.conv_channels());
 }
-Tensor HybridState::k_cache(int layer) const {
-  uint8_t* p = static_cast<uint8_t*>(kv_.data()) + slot(layer) * 2 * cache_values(shape_) * item_bytes(shape_.kv_type);
-  return view(p, shape_.kv_type, shape_.kv_heads, shape_.context, shape_.head_dim);
-}
-Tensor HybridState::v_cache(int layer) const {
-  Tensor v = k_cache(layer);
-  v.data = static_cast<uint8_t*>(v.data) + cache_values(shape_) * item_bytes(shape_.kv_type);
-  return v;
+KvCache HybridState::cache(int layer) const {
+  const StateShape& s = shape_;
+  KvCache c;
+  uint8_t* p = static_cast<uint8_t*>(kv_.data()) + slot(layer) * 2 * cache_bytes(s);
+  c.k = view(p, s.kv_type, s.kv_heads, s.context, s.head_dim);
+  c.v = view(p + cache_bytes(s), s.kv_type, s.kv_heads, s.context, s.head_dim);
+  if (const int64_t scales = scale_bytes(s)) {
+    p = static_cast<uint8_t*>(kv_.data()) + layers_of(s, true) * 2 * cache_bytes(s) + slot(layer) * 2 * scales;
+    c.k_scales = view(p, DType::F16, s.kv_heads, s.context, kv_groups(s.head_dim));
+    c.v_scales = view(p + scales, DType::F16, s.kv_heads, s.context, kv_groups(s.head_dim));
+  }
+  return c;
 }
 float* HybridState::tail() const {
   return static_cast<float*>(recurrent_.data()) + layers_of(shape_, false) * layer_floats(shape_);
@@ -66,17 +72,22 @@ void HybridState::randomise(int position, uint64_t seed) {
   constexpr size_t kValues = 1 << 20;
   std::vector<float> f(kValues);
   std::vector<uint16_t> b(kValues);
-  for (size_t i = 0; i < kValues; i++) f[i] = draw(), b[i] = float_to_bf16(f[i]);
+  std::vector<int8_t> codes(kValues);
+  for (size_t i = 0; i < kValues; i++) f[i] = draw(), b[i] = float_to_bf16(f[i]), codes[i] = kv_code(f[i], 1.f / 37);
+  const std::vector<uint16_t> scales(kValues, float_to_half(1.f / 37));
   auto fill = [&](void* to, int64_t values, const void* from, int64_t item) {
     for (int64_t i = 0; i < values; i += static_cast<int64_t>(kValues))
       device_.upload(static_cast<uint8_t*>(to) + i * item, from, static_cast<size_t>(std::min<int64_t>(values - i, kValues) * item));
   };
-  const bool half = shape_.kv_type == DType::BF16;
   for (int layer = 0; layer < static_cast<int>(shape_.attention.size()); layer++) {
     if (!shape_.attention[static_cast<size_t>(layer)]) continue;
-    for (const Tensor& c : {k_cache(layer), v_cache(layer)})
-      for (int64_t head = 0; head < shape_.kv_heads; head++)
-        fill(c.slice(head, 1).data, position * shape_.head_dim, half ? static_cast<const void*>(b.data()) : f.data(), half ? 2 : 4);
+    for (const Tensor& t : cache(layer).tensors()) {
+      const void* from = f.data();
+      if (t.dtype == DType::BF16) from = b.data();
+      if (t.dtype == DType::I8) from = codes.data();
+      if (t.dtype == DType::F16) from = scales.data();
+      for (int64_t head = 0; head < shape_.kv_heads; head++) fill(t.slice(head, 1).data, position * t.shape[2], from, item_bytes(t.dtype));
+    }
   }
   for (float& v : f) v *= 0.1f;
   fill(recurrent_.data(), static_cast<int64_t>(recurrent_.bytes() / 4), f.data(), 4);
@@ -141,10 +152,10 @@ uint64_t HybridState::hash(int position) const {
   for (int layer = 0; layer < layers; layer++) {
     if (!shape_.attention[static_cast<size_t>(layer)]) continue;
     const int valid = std::max(0, position - (layer >= layers - shape_.lagging));
-    for (const Tensor& c : {k_cache(layer), v_cache(layer)})
+    for (const Tensor& t : cache(layer).tensors())
       for (int64_t head = 0; head < shape_.kv_heads; head++) {
-        host.resize(static_cast<size_t>(valid * shape_.head_dim * item_bytes(shape_.kv_type)));
-        device_.download(host.data(), c.slice(head, 1).data, host.size());
+        host.resize(static_cast<size_t>(valid * t.shape[2] * item_bytes(t.dtype)));
+        device_.download(host.data(), t.slice(head, 1).data, host.size());
         kv = crc32c(host, kv);
       }
   }

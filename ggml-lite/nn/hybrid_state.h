@@ -17,7 +17,7 @@ struct StateShape {
   int64_t key_dim = 0, value_dim = 0;
   int kv_heads = 0;
   int64_t head_dim = 0, context = 0;
-  DType kv_type = DType::BF16;
+  DType kv_type = DType::BF16;       // F32, BF16 or I8
   int conv_slots = 4;                // convolution inputs kept: three are read, the others written; a power of two
   int lagging = 0;                   // trailing attention layers whose cache is one position behind (multi-token prediction)
   int64_t tail = 0;                  // floats carried beside the layers (last hidden row, logits): saved with a checkpoint
@@ -25,6 +25,13 @@ struct StateShape {
   int64_t conv_channels() const { return 2 * key_heads * key_dim + value_heads * value_dim; }
   uint64_t recurrent_bytes() const;  // of all layers, with the tail: one checkpoint
   uint64_t kv_bytes() const;
+};
+
+// Keys and values of one attention layer (core/blocks.h says how codes and scales lie).
+struct KvCache {
+  Tensor k, v;                       // (HK, C, DH)
+  Tensor k_scales, v_scales;         // (HK, C, ceil(DH/128)) F16 of codes, else empty
+  std::vector<Tensor> tensors() const { return k_scales ? std::vector{k, v, k_scales, v_scales} : std::vector{k, v}; }
 };
 
 class HybridState {
@@ -36,8 +43,7 @@ class HybridState {
 
   Tensor conv_ring(int layer) const;  // (slots, CH)
   Tensor delta(int layer) const;      // (GV, DK, DV)
-  Tensor k_cache(int layer) const;    // (HK, C, DH)
-  Tensor v_cache(int layer) const;
+  KvCache cache(int layer) const;
   float* tail() const;                // device memory, shape().tail floats
 
   void reset();                       // position 0
@@ -66,7 +72,9 @@ class HybridState {
   std::vector<int64_t> slots_;  // of each layer among the layers of its kind
   size_t keep_;
   Buffer recurrent_;            // [per recurrent layer: S (GV, DK, DV), ring (slots, CH)] then the tail
-  Buffer kv_;                   // [per attention layer: K (HK, C, DH), V (HK, C, DH)]
+  // [per attention layer: K (HK, C, DH), V (HK, C, DH)], then of codes [per layer: scales of K, scales of V]: behind everything, for
+  // with an odd C they would leave the next layer's codes where no 16-byte load may begin.
+  Buffer kv_;
   std::vector<Checkpoint> checkpoints_;  // by rising position
   std::vector<Buffer> spare_;
 };

@@ -166,14 +166,18 @@ class RefDevice final : public Device {
   }
 
   static float* cache_at(const Tensor& cache, int64_t head, int64_t pos) { return cache.f32(head) + pos * cache.shape[2]; }
-  static uint16_t* cache_bf16(const Tensor& cache, int64_t head, int64_t pos) { return cache.bf16(head) + pos * cache.shape[2]; }
-  static void store(const Tensor& cache, int64_t head, int64_t pos, const float* x) {
-    for (int64_t i = 0; i < cache.shape[2]; i++)
+  static uint16_t* cache_16(const Tensor& cache, int64_t head, int64_t pos) { return cache.bf16(head) + pos * cache.shape[2]; }
+  static int8_t* codes_at(const Tensor& cache, int64_t head, int64_t pos) { return cache.i8(head) + pos * cache.shape[2]; }
+  static void store(const Tensor& cache, const Tensor& scales, int64_t head, int64_t pos, const float* x) {
+    const int64_t n = cache.shape[2];
+    if (cache.dtype == DType::I8) return quantize_kv({x, static_cast<size_t>(n)}, codes_at(cache, head, pos), cache_16(scales, head, pos));
+    for (int64_t i = 0; i < n; i++)
       if (cache.dtype == DType::F32) cache_at(cache, head, pos)[i] = x[i];
-      else cache_bf16(cache, head, pos)[i] = float_to_bf16(x[i]);
+      else cache_16(cache, head, pos)[i] = float_to_bf16(x[i]);
   }
-  static float fetch(const Tensor& cache, int64_t head, int64_t pos, int64_t i) {
-    return cache.dtype == DType::F32 ? cache_at(cache, head, pos)[i] : bf16_to_float(cache_bf16(cache, head, pos)[i]);
+  static float fetch(const Tensor& cache, const Tensor& scales, int64_t head, int64_t pos, int64_t i) {
+    if (cache.dtype == DType::I8) return codes_at(cache, head, pos)[i] * half_to_float(cache_16(scales, head, pos)[i / kKvGroup]);
+    return cache.dtype == DType::F32 ? cache_at(cache, head, pos)[i] : bf16_to_float(cache_16(cache, head, pos)[i]);
   }
 
   void do_attention(const AttentionArgs& a) override {
@@ -187,8 +191,8 @@ class RefDevice final : public Device {
       for (int64_t g = 0; g < kv; g++) {
         rms_norm(k + g * dh, a.k_norm.f32(), a.eps, dh, x.data());
         rope(x.data(), pos, a.inv_freq, a.rope_scale);
-        store(a.k_cache, g, pos, x.data());
-        store(a.v_cache, g, pos, k + (kv + g) * dh);
+        store(a.k_cache, a.k_scales, g, pos, x.data());
+        store(a.v_cache, a.v_scales, g, pos, k + (kv + g) * dh);
       }
       for (int64_t h = 0; h < heads; h++) {
         const int64_t g = h / (heads / kv);
@@ -197,7 +201,7 @@ class RefDevice final : public Device {
         p.assign(pos + 1, 0);
         float top = -INFINITY, sum = 0;
         for (int64_t j = 0; j <= pos; j++) {
-          for (int64_t i = 0; i < dh; i++) p[j] += x[i] * fetch(a.k_cache, g, j, i);
+          for (int64_t i = 0; i < dh; i++) p[j] += x[i] * fetch(a.k_cache, a.k_scales, g, j, i);
           p[j] *= scale;
           top = std::max(top, p[j]);
         }
@@ -205,7 +209,7 @@ class RefDevice final : public Device {
         float* o = a.o.f32(t) + h * dh;
         std::fill_n(o, dh, 0.f);
         for (int64_t j = 0; j <= pos; j++)
-          for (int64_t i = 0; i < dh; i++) o[i] += p[j] / sum * fetch(a.v_cache, g, j, i);
+          for (int64_t i = 0; i < dh; i++) o[i] += p[j] / sum * fetch(a.v_cache, a.v_scales, g, j, i);
       }
     }
   }
