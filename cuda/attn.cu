@@ -9,13 +9,16 @@
 //   block   one per multiprocessor, bound to one key head. It takes that head's chunks from the last one down, large ones first:
 //           the first by its rank, the others by a counter, when it begins to load the last tile of the one before. So all blocks
 //           end within about a tile of each other.
-//   tile    64 keys: 32 KB of K, then 32 KB of V, through a ring of slots that cp.async fills as far ahead as there are slots.
+//   tile    64 keys: 32 KB of K (16 of codes), then as much of V, through a ring of slots that cp.async fills as far ahead as there are slots.
 //
 // Tensor cores with the accuracy of fp32: an A tile of m16n8k16 holds 8 query heads of one token twice, rows 0..7 q rounded to
 // BF16 and rows 8..15 what that leaves of it, and the two halves of the result are added: q K' to 16 bits of q, where K is exact.
 // p is split in the same way. Row g and row g+8 are in the same lane, so that the addition needs no exchange.
 //
 //   warp w of 8:   scores of keys 8w..8w+7 (all 256 dims, all A tiles)  ->  maxima  ->  p  ->  dims 32w..32w+31 of o (all 64 keys)
+//
+// An INT8 cache takes the same way with half the bytes: codes become BF16, exactly, in the registers between ldmatrix and mma; scales
+// of K meet the fp32 sums of their 128 dims, those of V meet p (see Int8Cache).
 //
 // New keys and values are never read from the cache: the two blocks that can meet them (chunks are longer than a call has tokens,
 // so they are in the last two) compute them themselves, rounded as stored, and put them into the tile; the block of rank 0
@@ -53,13 +56,45 @@ static_assert(kChunksMax <= 1024);
 // ---- the kernel for few tokens ----------------------------------------------------------------------------------------
 
 constexpr int kWarps = 8, kThreads = 32 * kWarps;
-constexpr int kSlotBytes = kTile * kRowBytes;
-constexpr int kSlotsMax = 4;
 constexpr int kTilesMax = 8;                         // A tiles of a launch
 constexpr int kQueryBytes = 16 * kRowBytes;          // of one A tile: 16 steps of k x 32 lanes x 16
-constexpr int kProbBytes = 4 * 32 * 16;              // of one A tile: 4 steps of k x 32 lanes x 16
+constexpr int kProbBytes = 4 * 32 * 16;              // of one A tile (and half of the dims): 4 steps of k x 32 lanes x 16
 constexpr int kReduceBytes = kWarps * 8 * 4;         // of one A tile
 constexpr int kQueue = 8, kQueueBytes = 64;
+
+// What differs from one format of the cache to the other; everything else asks these.
+//
+//   BF16   Registers of ldmatrix are operands as they come.
+//   INT8   ldmatrix takes pairs of codes for its 16-bit values. A register then holds codes 4t..4t+3 of a key (K), or dims 2g, 2g+1 of keys
+//          2t and 2t+1 (V, transposed); widened, its even and its odd bytes are two operands. So a k step of q K' has its 16 dims in the
+//          order 4t, 4t+2 | 4t+1, 4t+3 for q, too, and n tiles of p V hold the even and the odd dims of 16 in turn. q K' has two chains of
+//          sums for dims 0..127 and two for 128..255. p is split once for each half of the dims, times the scale of V there; a warp's 32
+//          dims lie in one half. Both kinds of scales come with K: p needs those of V before V has to be there.
+struct Bf16Cache {
+  using Stored = uint16_t;
+  static constexpr bool kCodes = false;
+  static constexpr int kBytes = kRowBytes, kFreshBytes = kBytes, kSlotBytes = kTile * kBytes, kSlots = 4, kHalves = 1;
+  __device__ static int chunk(int row, int c) { return row_chunk(row, c); }
+};
+struct Int8Cache {
+  using Stored = int8_t;
+  static constexpr bool kCodes = true;
+  static constexpr int kBytes = kWidth, kFreshBytes = kBytes + 16, kHalves = 2, kSlots = 8;  // a new row: codes, scales, padding
+  static constexpr int kScalesAt = kTile * kBytes, kValueScalesAt = kScalesAt + kTile * kScaleBytes;  // in a slot of K
+  static constexpr int kSlotBytes = kValueScalesAt + kTile * kScaleBytes;
+  __device__ static int chunk(int row, int c) { return code_chunk(row, c); }
+};
+static_assert(Int8Cache::kSlotBytes % 128 == 0 && kThreads >= 2 * kTile);
+
+// One head of the cache
+template <class Cache>
+struct Planes {
+  typename Cache::Stored *k, *v;    // (C, 256)
+  uint16_t *k_scales, *v_scales;    // (C, 2) of codes
+  __device__ Planes(const Attn& a, int head)
+      : k(static_cast<typename Cache::Stored*>(a.k_cache) + head * a.k_stride), v(static_cast<typename Cache::Stored*>(a.v_cache) + head * a.v_stride),
+        k_scales(a.k_scales + head * a.k_scales_stride), v_scales(a.v_scales + head * a.v_scales_stride) {}
+};
 
 struct Few {
   float* part;         // (chunks, tokens, H, DH)
@@ -67,30 +102,43 @@ struct Few {
   uint32_t* counters;  // (HK), zero
   int first, tokens;   // the tokens of this launch
   int chunks;          // of the whole cache
-  int slots;           // of the ring, 2..kSlotsMax
+  int slots;           // of the ring, 2..Cache::kSlots
 };
 
-// Shared memory: slots of the ring | A tiles of q | new k, new v (tokens, 256) | rows while q is made, then p and reductions | queue
-__host__ __device__ constexpr int work_bytes(int tiles) { 
-  return tiles * (kProbBytes + kReduceBytes) > kWarps * kWidth * 4 ? tiles * (kProbBytes + kReduceBytes) : kWarps * kWidth * 4;
+// Shared memory: slots of the ring | A tiles of q | new k, new v (tokens, row) | rows while q is made, then p and reductions | queue
+template <class Cache>
+__host__ __device__ constexpr int work_bytes(int tiles) {
+  const int bytes = tiles * (Cache::kHalves * kProbBytes + kReduceBytes);
+  return bytes > kWarps * kWidth * 4 ? bytes : kWarps * kWidth * 4;
 }
+template <class Cache>
 constexpr size_t few_bytes(int slots, int tiles, int tokens) {
-  return static_cast<size_t>(slots) * kSlotBytes + tiles * kQueryBytes + 2 * tokens * kRowBytes + work_bytes(tiles) + kQueueBytes;
+  return static_cast<size_t>(slots) * Cache::kSlotBytes + tiles * kQueryBytes + 2 * tokens * Cache::kFreshBytes + work_bytes<Cache>(tiles) + kQueueBytes;
 }
 
+// Waits until at most `pending` groups are under way, or `Most`, if that is less.
+template <int Most>
 __device__ __forceinline__ void copy_async_wait_for(int pending) {
-  if (pending <= 0) copy_async_wait<0>();
-  else if (pending == 1) copy_async_wait<1>();
-  else if (pending == 2) copy_async_wait<2>();
-  else copy_async_wait<3>();
+  if constexpr (Most > 0) {
+    if (pending < Most) return copy_async_wait_for<Most - 1>(pending);
+  }
+  copy_async_wait<Most>();
 }
 
-// One head of one token into its A tile: of each step s of 16 dims, lane 4g + t gets hi and lo of dims 2t, 2t+1, then of 2t+8, 2t+9.
+// One head of one token into its A tile: of each step s of 16 dims, lane 4g + t gets hi and lo of dims 2t, 2t+1, then of 2t+8, 2t+9
+// (or the order of codes).
+template <class Cache>
 __device__ __forceinline__ void store_query(const float* row, float scale, int g, uint4* tile) {
 #pragma unroll
   for (int e = static_cast<int>(threadIdx.x & 31); e < 64; e += 32) {
     const int s = e >> 2, t = e & 3;
-    const float2 a = *reinterpret_cast<const float2*>(row + 16 * s + 2 * t), b = *reinterpret_cast<const float2*>(row + 16 * s + 2 * t + 8);
+    float2 a, b;
+    if constexpr (Cache::kCodes) {
+      const float4 x = *reinterpret_cast<const float4*>(row + 16 * s + 4 * t);
+      a = make_float2(x.x, x.z), b = make_float2(x.y, x.w);
+    } else {
+      a = *reinterpret_cast<const float2*>(row + 16 * s + 2 * t), b = *reinterpret_cast<const float2*>(row + 16 * s + 2 * t + 8);
+    }
     uint4 v;
     split_bf16(__fmul_rn(a.x, scale), __fmul_rn(a.y, scale), v.x, v.y);  // not to be contracted: the same bits for any number of tiles
     split_bf16(__fmul_rn(b.x, scale), __fmul_rn(b.y, scale), v.z, v.w);
@@ -99,8 +147,9 @@ __device__ __forceinline__ void store_query(const float* row, float scale, int g
 }
 
 // q of all A tiles; new keys and values where `fresh`
-__device__ __forceinline__ void prepare(const Attn& a, const Few& f, int head, int pos, int tiles, bool fresh, uint4* query, uint4* fresh_k,
-                                        uint4* fresh_v, float* rows) {
+template <class Cache>
+__device__ __forceinline__ void prepare(const Attn& a, const Few& f, int head, int pos, int tiles, bool fresh, uint4* query, uint8_t* fresh_k,
+                                        uint8_t* fresh_v, float* rows) {
   const int warp = static_cast<int>(threadIdx.x >> 5), lane = static_cast<int>(threadIdx.x & 31);
   const int group = a.heads / a.kv_heads, per_token = (group + 7) / 8;
   float* row = rows + warp * kWidth;
@@ -108,39 +157,143 @@ __device__ __forceinline__ void prepare(const Attn& a, const Few& f, int head, i
     const int i = r >> 3, g = r & 7, t = i / per_token, h = i % per_token * 8 + g;
     if (h < group) {
       norm_rotate<kWidth>(a, a.query(f.first + t, head * group + h), a.q_norm, pos + t, row);
-      store_query(row, a.q_scale, g, query + i * (kQueryBytes / 16));
+      store_query<Cache>(row, a.q_scale, g, query + i * (kQueryBytes / 16));
     } else {
       for (int e = lane; e < 64; e += 32) query[i * (kQueryBytes / 16) + (e >> 2) * 32 + 4 * g + (e & 3)] = make_uint4(0, 0, 0, 0);
     }
     __syncwarp();
   }
   if (!fresh) return;
-  const auto round8 = [](const float* x) {  // 8 values
-    return make_uint4(pack_bf16(x[0], x[1]), pack_bf16(x[2], x[3]), pack_bf16(x[4], x[5]), pack_bf16(x[6], x[7]));
+  const auto round = [&](const float* x, uint8_t* to) {  // as it is stored
+    if constexpr (Cache::kCodes) {
+      quantise_row(x, kWidth, reinterpret_cast<int8_t*>(to), reinterpret_cast<uint16_t*>(to + Cache::kBytes));
+    } else {
+      x += lane * 8;
+      reinterpret_cast<uint4*>(to)[lane] = make_uint4(pack_bf16(x[0], x[1]), pack_bf16(x[2], x[3]), pack_bf16(x[4], x[5]), pack_bf16(x[6], x[7]));
+    }
   };
   for (int t = warp; t < f.tokens; t += kWarps) {
-    fresh_v[t * 32 + lane] = round8(a.value(f.first + t, head) + lane * 8);
+    round(a.value(f.first + t, head), fresh_v + t * Cache::kFreshBytes);
     norm_rotate<kWidth>(a, a.key(f.first + t, head), a.k_norm, pos + t, row);
-    fresh_k[t * 32 + lane] = round8(row + lane * 8);
+    round(row, fresh_k + t * Cache::kFreshBytes);
     __syncwarp();
   }
 }
 
-// Puts the new rows that belong there into a tile.
-__device__ __forceinline__ void patch(uint8_t* slot, const uint4* fresh, int key, int pos, int tokens) {
-  for (int i = static_cast<int>(threadIdx.x); i < tokens * 32; i += kThreads) {
-    const int r = pos + (i >> 5) - key;
-    if (r >= 0 && r < kTile) *reinterpret_cast<uint4*>(slot + row_chunk(r, i & 31)) = fresh[i];
+// Calls f(token, chunk) of 16 bytes for every chunk of every new row.
+template <class Cache, class F>
+__device__ __forceinline__ void each_fresh(int tokens, F f) {
+  constexpr int kChunks = Cache::kBytes / 16;
+  for (int i = static_cast<int>(threadIdx.x); i < tokens * kChunks; i += kThreads) f(i / kChunks, i % kChunks);
+}
+template <class Cache>
+__device__ __forceinline__ uint4 fresh_chunk(const uint8_t* fresh, int t, int c) {
+  return *reinterpret_cast<const uint4*>(fresh + t * Cache::kFreshBytes + 16 * c);
+}
+template <class Cache>
+__device__ __forceinline__ uint32_t fresh_scales(const uint8_t* fresh, int t) {
+  return *reinterpret_cast<const uint32_t*>(fresh + t * Cache::kFreshBytes + Cache::kBytes);
+}
+
+// Puts the new rows that belong there into a tile of K or V; and all their scales into a tile of K.
+template <class Cache>
+__device__ __forceinline__ void patch(uint8_t* slot, const uint8_t* fresh, int key, int pos, int tokens) {
+  each_fresh<Cache>(tokens, [&](int t, int c) {
+    const int r = pos + t - key;
+    if (r >= 0 && r < kTile) *reinterpret_cast<uint4*>(slot + Cache::chunk(r, c)) = fresh_chunk<Cache>(fresh, t, c);
+  });
+}
+template <class Cache>
+__device__ __forceinline__ void patch_scales(uint8_t* slot, const uint8_t* fresh_k, const uint8_t* fresh_v, int key, int pos, int tokens) {
+  const int t = static_cast<int>(threadIdx.x), r = pos + t - key;
+  if (t >= tokens || r < 0 || r >= kTile) return;
+  *reinterpret_cast<uint32_t*>(slot + Cache::kScalesAt + r * kScaleBytes) = fresh_scales<Cache>(fresh_k, t);
+  *reinterpret_cast<uint32_t*>(slot + Cache::kValueScalesAt + r * kScaleBytes) = fresh_scales<Cache>(fresh_v, t);
+}
+
+// New rows to their places in the cache
+template <class Cache>
+__device__ __forceinline__ void append(const Planes<Cache>& cache, const uint8_t* fresh_k, const uint8_t* fresh_v, int pos, int tokens) {
+  each_fresh<Cache>(tokens, [&](int t, int c) {
+    const int64_t at = static_cast<int64_t>(pos + t) * (Cache::kBytes / 16) + c;
+    reinterpret_cast<uint4*>(cache.k)[at] = fresh_chunk<Cache>(fresh_k, t, c);
+    reinterpret_cast<uint4*>(cache.v)[at] = fresh_chunk<Cache>(fresh_v, t, c);
+  });
+  if constexpr (Cache::kCodes) {
+    const int t = static_cast<int>(threadIdx.x);
+    if (t >= tokens) return;
+    reinterpret_cast<uint32_t*>(cache.k_scales)[pos + t] = fresh_scales<Cache>(fresh_k, t);
+    reinterpret_cast<uint32_t*>(cache.v_scales)[pos + t] = fresh_scales<Cache>(fresh_v, t);
+  }
+}
+
+// Starts loading the tile of K, or of V, from position `first` on; zeros from `end` on.
+template <class Cache>
+__device__ __forceinline__ void load_keys(uint8_t* slot, const Planes<Cache>& cache, int first, int end) {
+  if constexpr (Cache::kCodes) {
+    load_codes<kTile, kThreads>(slot, cache.k, first, end);
+    load_scales<kTile>(slot + Cache::kScalesAt, cache.k_scales, first, end, 0);
+    load_scales<kTile>(slot + Cache::kValueScalesAt, cache.v_scales, first, end, kTile);
+  } else {
+    load_rows<kTile, kThreads>(slot, cache.k, first, end);
+  }
+}
+template <class Cache>
+__device__ __forceinline__ void load_values(uint8_t* slot, const Planes<Cache>& cache, int first, int end) {
+  if constexpr (Cache::kCodes) load_codes<kTile, kThreads>(slot, cache.v, first, end);
+  else load_rows<kTile, kThreads>(slot, cache.v, first, end);
+}
+
+// The scales, of dims 0..127 and of the rest, of the keys whose scores a lane has: keys 8 warp + 2t, + 1. `at`: where the scales are.
+__device__ __forceinline__ void lane_scales(const uint8_t* at, float2 (&scales)[2]) {
+  const int warp = static_cast<int>(threadIdx.x >> 5), t = static_cast<int>(threadIdx.x & 3);
+  const uint2 w = *reinterpret_cast<const uint2*>(at + (8 * warp + 2 * t) * kScaleBytes);
+  scales[0] = scale_pair(w.x), scales[1] = scale_pair(w.y);
+}
+
+// B operands of keys 8 warp .. + 7 for each k step of 16 dims
+template <class Cache>
+__device__ __forceinline__ void key_operands(const uint8_t* slot, uint32_t (&b)[16][2]) {
+  const int warp = static_cast<int>(threadIdx.x >> 5), lane = static_cast<int>(threadIdx.x & 31), row = 8 * warp + (lane & 7);
+#pragma unroll
+  for (int j = 0; j < Cache::kBytes / 64; j++) {
+    uint32_t k[4];
+    load_matrix_x4(k, slot + Cache::chunk(row, 4 * j + (lane >> 3)));
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+      if constexpr (Cache::kCodes) widen_codes(k[i], b[4 * j + i][0], b[4 * j + i][1]);
+      else b[2 * j + i / 2][i % 2] = k[i];
+    }
+  }
+}
+
+// B operands of keys 16 j .. + 15 for the four n tiles of dims 32 warp .. + 31
+template <class Cache>
+__device__ __forceinline__ void value_operands(const uint8_t* slot, int j, uint32_t (&b)[4][2]) {
+  const int warp = static_cast<int>(threadIdx.x >> 5), lane = static_cast<int>(threadIdx.x & 31), row = 16 * j + (lane & 15);
+  uint32_t v[4];
+  if constexpr (Cache::kCodes) {
+    load_matrix_x4_transposed(v, slot + Cache::chunk(row, 2 * warp + (lane >> 4)));
+#pragma unroll
+    for (int i = 0; i < 4; i++) widen_codes(v[i], b[i / 2 * 2][i % 2], b[i / 2 * 2 + 1][i % 2]);
+  } else {
+#pragma unroll
+    for (int n = 0; n < 2; n++) {
+      load_matrix_x4_transposed(v, slot + Cache::chunk(row, 4 * warp + 2 * n + (lane >> 4)));
+#pragma unroll
+      for (int i = 0; i < 4; i++) b[2 * n + i / 2][i % 2] = v[i];
+    }
   }
 }
 
 // Scores of keys 8 warp + 2t, + 1 for head g of each A tile. Four chains of sums, always the same ones.
-template <int Tiles>
+template <int Tiles, class Cache>
 __device__ __forceinline__ void scores(const uint8_t* slot, const uint4* query, int tiles, float (&s)[Tiles][2]) {
-  const int warp = static_cast<int>(threadIdx.x >> 5), lane = static_cast<int>(threadIdx.x & 31);
-  uint32_t k[8][4];  // of 32 dims: b0, b1 of two steps
-#pragma unroll
-  for (int j = 0; j < 8; j++) load_matrix_x4(k[j], slot + row_chunk(8 * warp + (lane & 7), 4 * j + (lane >> 3)));
+  const int lane = static_cast<int>(threadIdx.x & 31);
+  uint32_t k[16][2];
+  key_operands<Cache>(slot, k);
+  float2 scales[2];
+  if constexpr (Cache::kCodes) lane_scales(slot + Cache::kScalesAt, scales);
 #pragma unroll
   for (int i = 0; i < Tiles; i++) {
     if (i >= tiles) continue;
@@ -149,43 +302,60 @@ __device__ __forceinline__ void scores(const uint8_t* slot, const uint4* query, 
     for (int j = 0; j < 16; j++) {
       const uint4 q = query[(i * 16 + j) * 32 + lane];
       const uint32_t x[4] = {q.x, q.y, q.z, q.w};
-      mma_16816(d[j & 3], x, k[j >> 1][2 * (j & 1)], k[j >> 1][2 * (j & 1) + 1]);
+      mma_16816(d[Cache::kCodes ? j / 8 * 2 + (j & 1) : j & 3], x, k[j][0], k[j][1]);
     }
 #pragma unroll
     for (int c = 0; c < 2; c++) {
-      const float hi = (d[0][c] + d[1][c]) + (d[2][c] + d[3][c]), lo = (d[0][c + 2] + d[1][c + 2]) + (d[2][c + 2] + d[3][c + 2]);
-      s[i][c] = hi + lo;
+      if constexpr (Cache::kCodes) {
+        const float first = (d[0][c] + d[1][c]) + (d[0][c + 2] + d[1][c + 2]), second = (d[2][c] + d[3][c]) + (d[2][c + 2] + d[3][c + 2]);
+        s[i][c] = fmaf(second, scales[c].y, __fmul_rn(first, scales[c].x));  // contracted by hand, as above
+      } else {
+        const float hi = (d[0][c] + d[1][c]) + (d[2][c] + d[3][c]), lo = (d[0][c + 2] + d[1][c + 2]) + (d[2][c + 2] + d[3][c + 2]);
+        s[i][c] = hi + lo;
+      }
     }
   }
 }
 
-// o (dims 32 warp + 8n + 2t, + 1 of head g; hi and lo apart) = o * alpha + p V
-template <int Tiles>
+// p of the two keys of a lane (8 warp + 2t, + 1) for head g of A tile i: hi and lo of each set, where add_values() finds them as A operands
+template <class Cache>
+__device__ __forceinline__ void store_probabilities(uint4* prob, int i, float p0, float p1, const float2 (&scales)[2]) {
+  const int warp = static_cast<int>(threadIdx.x >> 5), lane = static_cast<int>(threadIdx.x & 31);
+#pragma unroll
+  for (int half = 0; half < Cache::kHalves; half++) {
+    uint2 p;
+    if constexpr (Cache::kCodes) split_bf16(__fmul_rn(p0, half ? scales[0].y : scales[0].x), __fmul_rn(p1, half ? scales[1].y : scales[1].x), p.x, p.y);
+    else split_bf16(p0, p1, p.x, p.y);
+    reinterpret_cast<uint2*>(prob + ((i * Cache::kHalves + half) * 4 + (warp >> 1)) * 32 + lane)[warp & 1] = p;
+  }
+}
+
+// o (dims 32 warp + 8n + 2t, + 1 of head g, or the order of codes; hi and lo apart) = o * alpha + p V
+template <int Tiles, class Cache>
 __device__ __forceinline__ void add_values(const uint8_t* slot, const uint4* prob, int tiles, const float (&alpha)[Tiles],
                                            float (&o)[Tiles][4][4]) {
-  const int warp = static_cast<int>(threadIdx.x >> 5), lane = static_cast<int>(threadIdx.x & 31);
+  const int lane = static_cast<int>(threadIdx.x & 31), half = Cache::kHalves == 2 ? static_cast<int>(threadIdx.x >> 7) : 0;
 #pragma unroll
   for (int i = 0; i < Tiles; i++)
 #pragma unroll
     for (int n = 0; n < 16; n++) o[i][n >> 2][n & 3] *= alpha[i];
 #pragma unroll
   for (int j = 0; j < 4; j++) {  // 16 keys
-    uint32_t v[2][4];            // of 16 dims: b0, b1 of two n tiles
-#pragma unroll
-    for (int n = 0; n < 2; n++) load_matrix_x4_transposed(v[n], slot + row_chunk(16 * j + (lane & 15), 4 * warp + 2 * n + (lane >> 4)));
+    uint32_t v[4][2];
+    value_operands<Cache>(slot, j, v);
 #pragma unroll
     for (int i = 0; i < Tiles; i++) {
       if (i >= tiles) continue;
-      const uint4 p = prob[(i * 4 + j) * 32 + lane];
+      const uint4 p = prob[((i * Cache::kHalves + half) * 4 + j) * 32 + lane];
       const uint32_t x[4] = {p.x, p.y, p.z, p.w};
 #pragma unroll
-      for (int n = 0; n < 4; n++) mma_16816(o[i][n], x, v[n >> 1][2 * (n & 1)], v[n >> 1][2 * (n & 1) + 1]);
+      for (int n = 0; n < 4; n++) mma_16816(o[i][n], x, v[n][0], v[n][1]);
     }
   }
 }
 
 // The partial result of a chunk. `reduce` is free: its maxima were read before the last barrier, the next ones come after another.
-template <int Tiles>
+template <int Tiles, class Cache>
 __device__ __forceinline__ void store_part(const Attn& a, const Few& f, int head, int chunk, int tiles, float* reduce,
                                            const float (&o)[Tiles][4][4], const float (&m)[Tiles], float (&l)[Tiles]) {
   const int warp = static_cast<int>(threadIdx.x >> 5), lane = static_cast<int>(threadIdx.x & 31), g = lane >> 2, t2 = 2 * (lane & 3);
@@ -198,9 +368,16 @@ __device__ __forceinline__ void store_part(const Attn& a, const Few& f, int head
     if (t2 == 0) reduce[(i * kWarps + warp) * 8 + g] = l[i];
     const int t = i / per_token, h = i % per_token * 8 + g;
     if (h >= group) continue;
-    float* part = f.part + ((static_cast<int64_t>(chunk) * f.tokens + t) * a.heads + head * group + h) * kWidth + 32 * warp + t2;
+    float* part = f.part + ((static_cast<int64_t>(chunk) * f.tokens + t) * a.heads + head * group + h) * kWidth + 32 * warp;
+    const auto sum = [&](int n, int c) { return o[i][n][c] + o[i][n][c + 2]; };
+    if constexpr (Cache::kCodes) {
 #pragma unroll
-    for (int n = 0; n < 4; n++) *reinterpret_cast<float2*>(part + 8 * n) = make_float2(o[i][n][0] + o[i][n][2], o[i][n][1] + o[i][n][3]);
+      for (int n = 0; n < 4; n += 2)
+        *reinterpret_cast<float4*>(part + 8 * n + 2 * t2) = make_float4(sum(n, 0), sum(n + 1, 0), sum(n, 1), sum(n + 1, 1));
+    } else {
+#pragma unroll
+      for (int n = 0; n < 4; n++) *reinterpret_cast<float2*>(part + 8 * n + t2) = make_float2(sum(n, 0), sum(n, 1));
+    }
   }
   __syncthreads();
 #pragma unroll
@@ -214,7 +391,7 @@ __device__ __forceinline__ void store_part(const Attn& a, const Few& f, int head
 }
 
 // Grid: HK x blocks per head. Tiles: at least tokens * ceil(G/8).
-template <int Tiles>
+template <int Tiles, class Cache>
 __global__ __launch_bounds__(kThreads, 1) void attn_few_k(const Attn a, const Few f) {
   extern __shared__ __align__(128) uint8_t shared[];
   let_next_start();
@@ -222,18 +399,18 @@ __global__ __launch_bounds__(kThreads, 1) void attn_few_k(const Attn a, const Fe
   const int head = static_cast<int>(blockIdx.x) % a.kv_heads, rank = static_cast<int>(blockIdx.x) / a.kv_heads;
   const int blocks = static_cast<int>(gridDim.x) / a.kv_heads, group = a.heads / a.kv_heads, per_token = (group + 7) / 8;
   const int tiles = f.tokens * per_token;
-  uint8_t* after = shared + f.slots * kSlotBytes;
-  uint4 *query = reinterpret_cast<uint4*>(after), *fresh_k = query + tiles * (kQueryBytes / 16), *fresh_v = fresh_k + f.tokens * 32;
-  uint4* prob = fresh_v + f.tokens * 32;
-  float* reduce = reinterpret_cast<float*>(prob + tiles * (kProbBytes / 16));  // (A tiles, warps, 8)
+  uint8_t* after = shared + f.slots * Cache::kSlotBytes;
+  uint4* query = reinterpret_cast<uint4*>(after);
+  uint8_t *fresh_k = after + tiles * kQueryBytes, *fresh_v = fresh_k + f.tokens * Cache::kFreshBytes;
+  uint4* prob = reinterpret_cast<uint4*>(fresh_v + f.tokens * Cache::kFreshBytes);
+  float* reduce = reinterpret_cast<float*>(prob + tiles * Cache::kHalves * (kProbBytes / 16));  // (A tiles, warps, 8)
   // queue[n % 8]: the n-th chunk of this block, counted from the last one; of n < known
-  int *queue = reinterpret_cast<int*>(after + tiles * kQueryBytes + 2 * f.tokens * kRowBytes + work_bytes(tiles)), &known = queue[kQueue];
+  int *queue = reinterpret_cast<int*>(reinterpret_cast<uint8_t*>(prob) + work_bytes<Cache>(tiles)), &known = queue[kQueue];
   if (threadIdx.x == 0) queue[0] = rank, known = 1;
   wait_for_previous();
   const int pos = a.start() + f.first, end = pos + f.tokens, last = chunk_of(end - 1);
   if (rank > last) return;
-  const uint16_t* k_cache = static_cast<const uint16_t*>(a.k_cache) + head * a.k_stride;
-  const uint16_t* v_cache = static_cast<const uint16_t*>(a.v_cache) + head * a.v_stride;
+  const Planes<Cache> cache(a, head);
   __syncthreads();
 
   // What is loaded: half-tile number `loaded` (even: K, odd: V of the same keys) is the next one. During phase h, when half-tiles
@@ -244,9 +421,9 @@ __global__ __launch_bounds__(kThreads, 1) void attn_few_k(const Attn a, const Fe
   bool asked = false;
   const auto fill = [&](int h) {
     for (; loaded < h + f.slots; loaded++) {
-      uint8_t* slot = shared + fill_slot * kSlotBytes;
+      uint8_t* slot = shared + fill_slot * Cache::kSlotBytes;
       if (loaded & 1) {
-        load_rows<kTile, kThreads>(slot, v_cache, fill_key, pos);
+        load_values<Cache>(slot, cache, fill_key, pos);
         fill_key += kTile;
       } else {
         if (fill_key >= fill_stop) {
@@ -256,7 +433,7 @@ __global__ __launch_bounds__(kThreads, 1) void attn_few_k(const Attn a, const Fe
         }
         if (fill_key + kTile >= fill_stop && threadIdx.x == 0)
           taken = blocks + static_cast<int>(atomicAdd(f.counters + head, 1u)), asked = true;
-        load_rows<kTile, kThreads>(slot, k_cache, fill_key, pos);
+        load_keys<Cache>(slot, cache, fill_key, pos);
       }
       copy_async_commit();
       fill_slot = fill_slot + 1 == f.slots ? 0 : fill_slot + 1;
@@ -267,16 +444,11 @@ __global__ __launch_bounds__(kThreads, 1) void attn_few_k(const Attn a, const Fe
   };
 
   fill(0);
-  prepare(a, f, head, pos, tiles, rank < 2, query, fresh_k, fresh_v, reinterpret_cast<float*>(prob));
+  prepare<Cache>(a, f, head, pos, tiles, rank < 2, query, fresh_k, fresh_v, reinterpret_cast<float*>(prob));
   __syncthreads();  // all have left fill(), which reads what publish() writes
   publish();
   __syncthreads();
-  if (rank == 0)
-    for (int i = static_cast<int>(threadIdx.x); i < f.tokens * 32; i += kThreads) {
-      const int64_t at = static_cast<int64_t>(pos + (i >> 5)) * kWidth + (i & 31) * 8;
-      *reinterpret_cast<uint4*>(static_cast<uint16_t*>(a.k_cache) + head * a.k_stride + at) = fresh_k[i];
-      *reinterpret_cast<uint4*>(static_cast<uint16_t*>(a.v_cache) + head * a.v_stride + at) = fresh_v[i];
-    }
+  if (rank == 0) append<Cache>(cache, fresh_k, fresh_v, pos, f.tokens);
 
   int h = 0, slot = 0;
   for (int item = 0, chunk = last - rank; chunk >= 0; chunk = last - queue[++item % kQueue]) {
@@ -287,16 +459,17 @@ __global__ __launch_bounds__(kThreads, 1) void attn_few_k(const Attn a, const Fe
     for (int key = chunk_begin(chunk); key < stop; key += kTile, h += 2) {
       const bool fresh = key + kTile > pos;
       // K is there for all, and all are done with the V before it
-      copy_async_wait_for(loaded - h - 1);
+      copy_async_wait_for<Cache::kSlots - 1>(loaded - h - 1);
       __syncthreads();
       fill(h);
-      uint8_t* tile = shared + slot * kSlotBytes;
+      uint8_t* tile = shared + slot * Cache::kSlotBytes;
       if (fresh) {
-        patch(tile, fresh_k, key, pos, f.tokens);
+        patch<Cache>(tile, fresh_k, key, pos, f.tokens);
+        if constexpr (Cache::kCodes) patch_scales<Cache>(tile, fresh_k, fresh_v, key, pos, f.tokens);
         __syncthreads();
       }
       float s[Tiles][2];
-      scores(tile, query, tiles, s);
+      scores<Tiles, Cache>(tile, query, tiles, s);
 #pragma unroll
       for (int i = 0; i < Tiles; i++) {
         if (i >= tiles) continue;
@@ -310,6 +483,8 @@ __global__ __launch_bounds__(kThreads, 1) void attn_few_k(const Attn a, const Fe
       }
       __syncthreads();
       publish();
+      float2 v_scales[2];
+      if constexpr (Cache::kCodes) lane_scales(tile + Cache::kValueScalesAt, v_scales);
       float alpha[Tiles];
 #pragma unroll
       for (int i = 0; i < Tiles; i++) {
@@ -323,24 +498,22 @@ __global__ __launch_bounds__(kThreads, 1) void attn_few_k(const Attn a, const Fe
         m[i] = top;
         const float p0 = exp2f(s[i][0] - base), p1 = exp2f(s[i][1] - base);
         l[i] = fmaf(l[i], alpha[i], p0 + p1);
-        uint2 p;
-        split_bf16(p0, p1, p.x, p.y);
-        reinterpret_cast<uint2*>(prob + (i * 4 + (warp >> 1)) * 32 + lane)[warp & 1] = p;
+        store_probabilities<Cache>(prob, i, p0, p1, v_scales);
       }
       // p and V are there for all, and all are done with K
-      copy_async_wait_for(loaded - h - 2);
+      copy_async_wait_for<Cache::kSlots - 1>(loaded - h - 2);
       __syncthreads();
       fill(h + 1);
       slot = slot + 1 == f.slots ? 0 : slot + 1;
-      tile = shared + slot * kSlotBytes;
+      tile = shared + slot * Cache::kSlotBytes;
       if (fresh) {
-        patch(tile, fresh_v, key, pos, f.tokens);
+        patch<Cache>(tile, fresh_v, key, pos, f.tokens);
         __syncthreads();
       }
-      add_values(tile, prob, tiles, alpha, o);
+      add_values<Tiles, Cache>(tile, prob, tiles, alpha, o);
       slot = slot + 1 == f.slots ? 0 : slot + 1;
     }
-    store_part<Tiles>(a, f, head, chunk, tiles, reduce, o, m, l);
+    store_part<Tiles, Cache>(a, f, head, chunk, tiles, reduce, o, m, l);
   }
 }
 
@@ -503,10 +676,40 @@ void exact(const Context& ctx, const Attn& a) {
 }
 
 // How many A tiles a launch can take on this device, leaving room for two slots
+template <class Cache>
 int few_tiles(const Context& ctx) {
   int tiles = kTilesMax;
-  while (tiles > 0 && few_bytes(2, tiles, std::min(tiles, kFewTokens)) > ctx.shared_max) tiles--;
+  while (tiles > 0 && few_bytes<Cache>(2, tiles, std::min(tiles, kFewTokens)) > ctx.shared_max) tiles--;
   return tiles;
+}
+
+// Two kernels per launch: partial results, and their combination by as many blocks as it takes to read them in a microsecond (the
+// last block to arrive would read half a megabyte alone). Tokens that do not fit at once follow in a second pair. False: none fits.
+template <class Cache>
+bool few(const Context& ctx, Attn a) {
+  const int per_token = (a.heads / a.kv_heads + 7) / 8, at_once = few_tiles<Cache>(ctx) / per_token;
+  if (at_once == 0) return false;
+  a.q_scale *= kLog2e;
+  Scratch s(ctx);
+  Few f;
+  f.chunks = chunk_of(a.context - 1) + 1;
+  f.part = s.take<float>(static_cast<int64_t>(f.chunks) * a.tokens * a.heads * kWidth);
+  f.stats = s.take<float2>(static_cast<int64_t>(f.chunks) * a.tokens * a.heads);
+  f.counters = ctx.counters;
+  const int blocks = std::min(std::max(ctx.sms / a.kv_heads, 1), f.chunks);
+  for (f.first = 0; f.first < a.tokens; f.first += at_once) {
+    f.tokens = std::min(at_once, a.tokens - f.first);
+    const int tiles = f.tokens * per_token;
+    f.slots = Cache::kSlots;
+    while (few_bytes<Cache>(f.slots, tiles, f.tokens) > ctx.shared_max) f.slots--;
+    const size_t bytes = few_bytes<Cache>(f.slots, tiles, f.tokens);
+    const dim3 grid(static_cast<unsigned>(blocks * a.kv_heads));
+    if (tiles == 1) launch(ctx, "attention", attn_few_k<1, Cache>, grid, kThreads, bytes, a, f);
+    else if (tiles <= 4) launch(ctx, "attention", attn_few_k<4, Cache>, grid, kThreads, bytes, a, f);
+    else launch(ctx, "attention", attn_few_k<8, Cache>, grid, kThreads, bytes, a, f);
+    launch(ctx, "attention", attn_combine_k, dim3(static_cast<unsigned>(a.heads), static_cast<unsigned>(f.tokens), 4), 256, 0, a, f);
+  }
+  return true;
 }
 
 }  // namespace
@@ -528,33 +731,12 @@ void attention_exact(const Context& ctx, const Attn& a, DType cache) {
   else exact<__nv_bfloat16>(ctx, a);
 }
 
-// Two kernels per launch: partial results, and their combination by as many blocks as it takes to read them in a microsecond (the
-// last block to arrive would read half a megabyte alone). Tokens that do not fit at once follow in a second pair.
 void attention_few(const Context& ctx, const AttentionArgs& args) {
   QN_CHECK(args.qgkv.rows() <= kFewTokens, "attention_few: %lld tokens", static_cast<long long>(args.qgkv.rows()));
-  Attn a = make_attn(args);
-  const int per_token = (a.heads / a.kv_heads + 7) / 8, at_once = few_tiles(ctx) / per_token;
-  if (!attention_is_fast(args) || at_once == 0) return attention_exact(ctx, a, args.k_cache.dtype);
-  a.q_scale *= kLog2e;
-  Scratch s(ctx);
-  Few f;
-  f.chunks = chunk_of(a.context - 1) + 1;
-  f.part = s.take<float>(static_cast<int64_t>(f.chunks) * a.tokens * a.heads * kWidth);
-  f.stats = s.take<float2>(static_cast<int64_t>(f.chunks) * a.tokens * a.heads);
-  f.counters = ctx.counters;
-  const int blocks = std::min(std::max(ctx.sms / a.kv_heads, 1), f.chunks);
-  for (f.first = 0; f.first < a.tokens; f.first += at_once) {
-    f.tokens = std::min(at_once, a.tokens - f.first);
-    const int tiles = f.tokens * per_token;
-    f.slots = kSlotsMax;
-    while (few_bytes(f.slots, tiles, f.tokens) > ctx.shared_max) f.slots--;
-    const size_t bytes = few_bytes(f.slots, tiles, f.tokens);
-    const dim3 grid(static_cast<unsigned>(blocks * a.kv_heads));
-    if (tiles == 1) launch(ctx, "attention", attn_few_k<1>, grid, kThreads, bytes, a, f);
-    else if (tiles <= 4) launch(ctx, "attention", attn_few_k<4>, grid, kThreads, bytes, a, f);
-    else launch(ctx, "attention", attn_few_k<8>, grid, kThreads, bytes, a, f);
-    launch(ctx, "attention", attn_combine_k, dim3(static_cast<unsigned>(a.heads), static_cast<unsigned>(f.tokens), 4), 256, 0, a, f);
-  }
+  const Attn a = make_attn(args);
+  const DType cache = args.k_cache.dtype;
+  if (attention_is_fast(args) && (cache == DType::I8 ? few<Int8Cache>(ctx, a) : few<Bf16Cache>(ctx, a))) return;
+  attention_exact(ctx, a, cache);
 }
 
 size_t attention_scratch(const OpLimits& limits) {

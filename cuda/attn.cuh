@@ -41,7 +41,7 @@ inline Attn make_attn(const AttentionArgs& a) {
   return p;
 }
 
-// The fast kernels: BF16 cache, heads of 256, up to 16 query heads for a key head. They compute powers of two, so q_scale has
+// The fast kernels: BF16 or INT8 cache, heads of 256, up to 16 query heads for a key head. They compute powers of two, so q_scale has
 // log2(e) in it.
 constexpr int kWidth = 256;
 constexpr int kRowBytes = 2 * kWidth;  // of a row in BF16
@@ -49,7 +49,9 @@ constexpr int kGroupMax = 16;
 constexpr float kLog2e = 1.4426950408889634f;
 inline bool attention_is_fast(const AttentionArgs& a) {
   const auto aligned = [](const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; };
-  return a.k_cache.dtype == DType::BF16 && a.q_norm.rows() == kWidth && a.heads / a.kv_heads <= kGroupMax && aligned(a.k_cache.data) &&
+  const auto pairs = [](const Tensor& scales) { return reinterpret_cast<uintptr_t>(scales.data) % 4 == 0 && scales.row_stride % 2 == 0; };
+  const bool codes = a.k_cache.dtype == DType::I8 && pairs(a.k_scales) && pairs(a.v_scales);
+  return (a.k_cache.dtype == DType::BF16 || codes) && a.q_norm.rows() == kWidth && a.heads / a.kv_heads <= kGroupMax && aligned(a.k_cache.data) &&
          aligned(a.v_cache.data) && aligned(a.o.data);
 }
 
@@ -168,6 +170,48 @@ __device__ __forceinline__ void load_rows(uint8_t* shared, const uint16_t* cache
 #pragma unroll
   for (int i = 0; i < Rows / kStep; i++)
     copy_async16_if(i * kStep < rest, shared + row_chunk(row + i * kStep, c), from + i * kStep * kWidth);
+}
+
+// ---- rows of 256 codes ------------------------------------------------------------------------------------------------
+
+constexpr int kScaleBytes = 4;  // of a row: fp16 of dims 0..127, fp16 of 128..255
+
+// As row_chunk(), c 0..15
+__device__ __forceinline__ int code_chunk(int row, int c) { return row * kWidth + ((c ^ (row & 7)) << 4); }
+
+// The even bytes and the odd bytes of r, signed, as pairs of BF16. 0x4300 | (c & 127) is 128 + (c & 127); from it 128 is taken, or 256
+// (0x4380) where the sign bit is set.
+__device__ __forceinline__ void widen_codes(uint32_t r, uint32_t& even, uint32_t& odd) {
+  const auto pair = [](uint32_t c) { return bf162_sub((c & 0x007f007fu) | 0x43004300u, (c & 0x00800080u) | 0x43004300u); };
+  even = pair(r), odd = pair(r >> 8);
+}
+
+__device__ __forceinline__ float2 scale_pair(uint32_t halves) {
+  return make_float2(half_bits_to_float(static_cast<uint16_t>(halves)), half_bits_to_float(static_cast<uint16_t>(halves >> 16)));
+}
+
+// 4 bytes asynchronously, or zeros
+__device__ __forceinline__ void copy_async4_if(bool real, void* shared, const void* global) {
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(static_cast<uint32_t>(__cvta_generic_to_shared(shared))), "l"(global),
+               "r"(real ? 4 : 0)
+               : "memory");
+}
+
+// What load_rows() does for BF16: codes, and the scales (C, 2) of one plane by threads from .. from + Rows - 1. The scales' rows begin at
+// multiples of 4 bytes only (an odd C is possible), hence copies of 4. Zeros from `end` on make zeros of what they scale.
+template <int Rows, int Threads>
+__device__ __forceinline__ void load_codes(uint8_t* shared, const int8_t* cache, int first, int end) {
+  constexpr int kStep = Threads / 16;
+  const int thread = thread_anew(), c = thread & 15, row = thread >> 4, rest = end - first - row;
+  const int8_t* at = cache + static_cast<int64_t>(first + row) * kWidth + c * 16;
+#pragma unroll
+  for (int i = 0; i < Rows / kStep; i++)
+    copy_async16_if(i * kStep < rest, shared + code_chunk(row + i * kStep, c), at + i * kStep * kWidth);
+}
+template <int Rows>
+__device__ __forceinline__ void load_scales(uint8_t* shared, const uint16_t* scales, int first, int end, int from) {
+  const int i = thread_anew() - from;
+  if (i >= 0 && i < Rows) copy_async4_if(first + i < end, shared + i * kScaleBytes, scales + 2 * static_cast<int64_t>(first + i));
 }
 
 }  // namespace qn::cuda
