@@ -181,22 +181,24 @@ struct Benchmark {
     });
   }
 
-  double attention(int64_t t, int64_t context) {
+  double attention(int64_t t, int64_t context, DType type = DType::BF16) {
     constexpr int64_t heads = 16, kv = 2, w = 256, layers = 12;
     std::vector<Buffer> keep;
     AttentionArgs a;
     a.qgkv = floats(keep, d, t, 2 * (heads + kv) * w), a.q_norm = floats(keep, d, w), a.k_norm = floats(keep, d, w), a.inv_freq = floats(keep, d, 32);
     a.o = floats(keep, d, t, heads * w);
-    const int64_t one = kv * context * w;
-    keep.push_back(d.alloc(static_cast<size_t>(2 * one * 2 * layers), "cache"));
-    uint16_t* cache = static_cast<uint16_t*>(keep.back().data());
-    fill_weights(reinterpret_cast<uint8_t*>(cache), DType::BF16, 2 * one * layers, 1, 0);
+    const int64_t one = kv * context * w * item_bytes(type), scales = kv * context * kv_row_bytes(type, w) - one;
+    keep.push_back(d.alloc(static_cast<size_t>(2 * (one + scales) * layers), "cache"));  // scales, of codes, lie behind everything
+    uint8_t* cache = static_cast<uint8_t*>(keep.back().data());
+    fill_weights(cache, DType::BF16, (one + scales) * layers, 1, 0);
     const StepParams step{static_cast<int32_t>(context - t), static_cast<int32_t>(t)};
     a.heads = heads, a.kv_heads = kv, a.step = &step;
     char name[40];
-    std::snprintf(name, sizeof name, "attention at %lld", static_cast<long long>(context));
-    return time(name, t, 4.0 * static_cast<double>(one), layers, [&](int c) {
-      a.k_cache = view(cache + 2 * c * one, DType::BF16, kv, context, w), a.v_cache = view(cache + (2 * c + 1) * one, DType::BF16, kv, context, w);
+    std::snprintf(name, sizeof name, "attention at %lld, %s", static_cast<long long>(context), qn::name(type));
+    return time(name, t, 2.0 * static_cast<double>(one + scales), layers, [&](int c) {
+      a.k_cache = view(cache + 2 * c * one, type, kv, context, w), a.v_cache = view(cache + (2 * c + 1) * one, type, kv, context, w);
+      uint8_t* of_codes = cache + 2 * layers * one + 2 * c * scales;
+      if (scales) a.k_scales = view(of_codes, DType::F16, kv, context, w / kKvGroup), a.v_scales = view(of_codes + scales, DType::F16, kv, context, w / kKvGroup);
       d.attention(a);
     });
   }
@@ -205,6 +207,7 @@ struct Benchmark {
     std::printf("\n%s, act %s\n", title, name(act));
     const double delta_layer = matmul("norm_matmul qkvz 12288x2048", rest, t, 12288, 2048) + delta(t) + out("gated_norm_matmul 2048x4096", rest, t);
     const double attention_layer = matmul("norm_matmul qgkv 9216x2048", rest, t, 9216, 2048) + attention(t, 4096) + out("gate_matmul (as above) 2048x4096", rest, t);
+    attention(t, 4096, DType::I8);
     const double experts = moe({DType::INT4, 128}, rest, t), head = matmul("head 151936x2048", rest, t == 1 ? 1 : std::min<int64_t>(t, 4), 151936, 2048);
     const double ms = 36 * delta_layer + 12 * attention_layer + 48 * experts + head;
     std::printf("%s: whole model T=%lld: %.1f ms, %.2f tok/s\n", title, static_cast<long long>(t), ms, 1e3 * static_cast<double>(t) / ms);

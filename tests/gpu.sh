@@ -115,6 +115,12 @@ if wanted sanitize; then
         judge $code "$tool, tiny, $act" "$(sed -n 's/^=* *\(ERROR SUMMARY\|RACECHECK SUMMARY\)/\1/p' "$out/$tool-$act.log" | tail -n 1), $(since "$start")"
         [ $code = 0 ] || head -n 40 "$out/$tool-$act.log"
       done
+      start=$(now)
+      timeout 300 "$sanitizer" --tool $tool --error-exitcode 9 "$bin/qnext-perplexity" --device "$device" --kv-type int8 -m "$work/tiny.qn" \
+        --check "$data/tiny/expected-0.safetensors" >"$out/$tool-kv8.log" 2>&1
+      code=$?
+      judge $code "$tool, tiny, INT8 cache" "$(sed -n 's/^=* *\(ERROR SUMMARY\|RACECHECK SUMMARY\)/\1/p' "$out/$tool-kv8.log" | tail -n 1), $(since "$start")"
+      [ $code = 0 ] || head -n 40 "$out/$tool-kv8.log"
       start=$(now)  # sampling on the device
       timeout 300 "$sanitizer" --tool $tool --error-exitcode 9 "$bin/qnext-cli" --device "$device" -m "$stories-int4.qn" -p "What is 2 plus 3?" -n 8 --seed 1 \
         >"$out/$tool-cli.log" 2>&1
@@ -137,6 +143,10 @@ if wanted stories; then
     kl=$(member kl_mean "$out/stories-kl.json")
     holds "${kl:-9} <= 1e-4"
     judge $? "stories bf16 against CPU f32" "KL $kl (at most 1e-4), top-1 $(member top1_percent "$out/stories-kl.json") %"
+    perplexity -m "$stories.qn" --kv-type int8 --check "$expected" --against "$stories.qn" --against-device cpu --against-act f32 --against-kv-type f32 >"$out/stories-kv8.json"
+    here=$(member ppl "$out/stories-kv8.json") there=$(member reference_ppl "$out/stories-kv8.json")
+    holds "${here:-9} / ${there:-1} - 1 <= 0.0005 && ${here:-0} / ${there:-1} - 1 >= -0.0005"
+    judge $? "stories bf16, INT8 cache, against CPU" "perplexity $here, there $there (within 0.05 %), KL $(member kl_mean "$out/stories-kv8.json")"
     perplexity -m "$stories-int4.qn" --against "$stories-int4.qn" --against-device cpu --against-act f32 --check "$expected" >"$out/stories-int4.json"
     here=$(member ppl "$out/stories-int4.json") there=$(member reference_ppl "$out/stories-int4.json")
     holds "${here:-9} / ${there:-1} - 1 <= 0.002 && ${here:-0} / ${there:-1} - 1 >= -0.002"

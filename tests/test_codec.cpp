@@ -503,3 +503,53 @@ TEST_CASE("INT8 cache rows: NaN, infinity and what is too large stay visible, in
   x[0] = 127 * 65504.f;
   CHECK(through_cache(x)[0] == x[0]);
 }
+
+// What a matrix of ldmatrix is made of: 8 rows of 16 bytes. Without transposition lane 4g + t gets bytes 4t..4t+3 of row g; with it, the
+// 16-bit values at column g of rows 2t and 2t+1. Even and odd bytes are two operands each.
+TEST_CASE("INT8 cache rows: mma.m16n8k16 from ldmatrix of codes, keys as they lie and values transposed") {
+  std::mt19937 rng(19);
+  int8_t rows[16][16];  // 16 keys, 16 dims
+  int q[16][16], p[16][16];  // A of keys: (16 rows, 16 dims); of values: (16 rows, 16 keys)
+  for (int i = 0; i < 16; i++)
+    for (int j = 0; j < 16; j++) {
+      rows[i][j] = static_cast<int8_t>(static_cast<int>(rng() % 255) - 127);
+      q[i][j] = static_cast<int>(rng() % 255) - 127, p[i][j] = static_cast<int>(rng() % 255) - 127;
+    }
+  Mma<16> keys, values[2];  // values: n tiles of the even and of the odd dims
+  for (int lane = 0; lane < 32; lane++) {
+    const int g = lane >> 2, t = lane & 3;
+    for (int b = 0; b < 4; b++) {
+      const int to = 2 * t + (b >> 1);  // even bytes first, odd ones in columns from 8 on
+      keys.b[g][to + 8 * (b & 1)] = rows[g][4 * t + b];
+      for (int h = 0; h < 2; h++) {
+        keys.a[g + 8 * h][to + 8 * (b & 1)] = q[g + 8 * h][4 * t + b];
+        values[b & 1].b[g][to + 8 * h] = rows[8 * h + 2 * t + (b >> 1)][2 * g + (b & 1)];  // h: keys 0..7, 8..15
+      }
+    }
+  }
+  int scores[16][kTokens] = {}, sums[2][16][kTokens] = {}, wrong = 0;
+  keys.add_to(scores);
+  for (int odd = 0; odd < 2; odd++) {
+    std::memcpy(values[odd].a, p, sizeof p);
+    values[odd].add_to(sums[odd]);
+  }
+  for (int r = 0; r < 16; r++) {
+    for (int key = 0; key < 8; key++) {
+      int want = 0;
+      for (int i = 0; i < 16; i++) want += q[r][i] * rows[key][i];
+      wrong += scores[r][key] != want;
+    }
+    for (int dim = 0; dim < 16; dim++) {
+      int want = 0;
+      for (int key = 0; key < 16; key++) want += p[r][key] * rows[key][dim];
+      wrong += sums[dim & 1][r][dim >> 1] != want;
+    }
+  }
+  CHECK(wrong == 0);
+  for (int code = -127; code <= 127; code++) {  // bits of a code -> BF16, with one subtraction that rounds nothing
+    const auto c = static_cast<uint8_t>(code);
+    const float a = bf16_to_float(static_cast<uint16_t>(0x4300 | (c & 127))), b = bf16_to_float(static_cast<uint16_t>(0x4300 | (c & 128)));
+    CHECK(a - b == static_cast<float>(code));
+    CHECK(round_bf16(a - b) == a - b);
+  }
+}

@@ -434,7 +434,8 @@ struct AttentionSequence {
       a.qgkv = of(qkv, tokens, columns).slice(pos, n), a.q_norm = of(q_norm, width), a.k_norm = of(k_norm, width);
       a.inv_freq = of(freq, static_cast<int64_t>(freq.size())), a.rope_scale = 1.1f;
       a.k_cache = view(k.data(), cache, kv, context, width), a.v_cache = view(v.data(), cache, kv, context, width);
-      if (cache == DType::I8) a.k_scales = view(ks.data(), DType::F16, kv, context, kv_groups(width)), a.v_scales = view(vs.data(), DType::F16, kv, context, kv_groups(width));
+      const int64_t groups = kv_groups(width);
+      if (cache == DType::I8) a.k_scales = view(ks.data(), DType::F16, kv, context, groups), a.v_scales = view(vs.data(), DType::F16, kv, context, groups);
       a.heads = static_cast<int>(heads), a.kv_heads = static_cast<int>(kv), a.o = of(o, tokens, heads * width).slice(pos, n), a.step = &step;
       d.attention(a);
       pos += n;
@@ -450,7 +451,8 @@ TEST_CASE("cpu device: attention, any cut of a sequence, any threads") {
     for (int64_t length : {1, 255, 256, 257, 258, 1000}) {
       if (length == 1000 && level.isa == Isa::Scalar) continue;
       const DType cache = length == 258 ? DType::I8 : length % 2 ? DType::F32 : DType::BF16;
-      AttentionSequence s = cache == DType::I8 ? AttentionSequence(length, 3, 1, 160, cache) : AttentionSequence(length, length == 256 ? 13 : 8, length == 256 ? 1 : 2, 32, cache);
+      AttentionSequence s(length, length == 256 ? 13 : 8, length == 256 ? 1 : 2, 32, cache);
+      if (cache == DType::I8) s = AttentionSequence(length, 3, 1, 160, cache);  // a scale for 128 dims, and one for 32
       const auto one = device(level, 1);
       const Floats want = s.run(*one, 0, 64);
       for (int threads : {1, 2, 4}) {

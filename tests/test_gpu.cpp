@@ -93,8 +93,10 @@ TEST_CASE("CUDA: stories, BF16: prompts prefilled at once and token by token giv
   if (no_gpu()) return;
   const auto file = stories_expected();
   const Ids text = file.read_i32("ppl.tokens");
-  for (DType experts : {DType::BF16, DType::INT8, DType::INT4}) {
-    Engine e = Engine::open(TestModels::get().path("stories", experts, experts == DType::INT4 ? DType::INT8 : DType::BF16), options());
+  for (const auto& [experts, kv_type] : {std::pair{DType::BF16, "bf16"}, {DType::INT8, "bf16"}, {DType::INT4, "bf16"}, {DType::BF16, "int8"}}) {
+    Options o = options();
+    o.kv_type = kv_type;
+    Engine e = Engine::open(TestModels::get().path("stories", experts, experts == DType::INT4 ? DType::INT8 : DType::BF16), o);
     for (int n : {1, 7, 63, 64, 65, 200, 1000}) {
       const auto prompt = std::span(text).first(static_cast<size_t>(n));
       Session whole(e), single(e);
@@ -107,15 +109,16 @@ TEST_CASE("CUDA: stories, BF16: prompts prefilled at once and token by token giv
         const int32_t next = b;
         whole.step(next), single.step(next);
       }
-      CHECK_MESSAGE(differ == 0, qn::name(experts), ": ", n, " tokens: ", differ, " of 64 differ");
+      CHECK_MESSAGE(differ == 0, qn::name(experts), ", cache ", std::string(kv_type), ": ", n, " tokens: ", differ, " of 64 differ");
     }
   }
 }
 
 TEST_CASE("CUDA: rows of steps of 1 to 8 tokens have the same bits") {
   if (no_gpu()) return;
-  for (const char* act : {"bf16", "int8", "f32"}) {
+  for (const auto& [act, kv_type] : {std::pair{"bf16", ""}, {"int8", ""}, {"f32", ""}, {"bf16", "int8"}, {"f32", "int8"}}) {
     Options o = options(act);
+    o.kv_type = kv_type;
     const std::string path = TestModels::get().path("stories", DType::INT4, DType::INT8, 32);
     Engine e = Engine::open(path, o);
     const Ids tokens = some_tokens(70, 1165);
@@ -132,7 +135,7 @@ TEST_CASE("CUDA: rows of steps of 1 to 8 tokens have the same bits") {
       for (size_t at = 0; at < tokens.size();) {
         at = std::min(at + static_cast<size_t>(n), tokens.size());
         s.sync(std::span(tokens).first(at));
-        CHECK_MESSAGE(std::memcmp(s.logits().data(), want[at - 1].data(), s.logits().size_bytes()) == 0, act, ": position ", at, " in steps of ", n);
+        CHECK_MESSAGE(std::memcmp(s.logits().data(), want[at - 1].data(), s.logits().size_bytes()) == 0, std::string(act), " ", std::string(kv_type), ": position ", at, " in steps of ", n);
       }
       CHECK(s.state_hash() == hash);
     }

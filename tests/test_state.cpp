@@ -73,3 +73,46 @@ TEST_CASE("a passing checkpoint is replaced by the next and outlived by the othe
   s.checkpoint(5);  // again at the same place: nothing new
   CHECK(s.checkpoints() == std::vector<int>{5});
 }
+
+TEST_CASE("an INT8 cache: codes where 16-byte loads may begin, scales behind them, and the hash sees both up to the position") {
+  const auto device = make_ref_device();
+  StateShape shape_i8 = shape();
+  shape_i8.attention = {true, false, true, true};
+  shape_i8.kv_heads = 2, shape_i8.head_dim = 160, shape_i8.context = 7, shape_i8.kv_type = DType::I8, shape_i8.lagging = 1;
+  CHECK(shape_i8.kv_bytes() == 3 * 2 * 2 * 7 * (160 + 2 * 2));
+  HybridState s(*device, shape_i8, 0);
+  std::vector<std::pair<uintptr_t, int64_t>> all;  // begin, bytes
+  for (int layer : {0, 2, 3}) {
+    const KvCache c = s.cache(layer);
+    CHECK(c.tensors().size() == 4);
+    for (const Tensor& t : c.tensors()) {
+      CHECK(t.shape[0] == 2);
+      CHECK(t.shape[1] == 7);
+      CHECK(t.shape[2] == (t.dtype == DType::I8 ? 160 : 2));
+      all.emplace_back(reinterpret_cast<uintptr_t>(t.data), t.shape[0] * t.row_stride * item_bytes(t.dtype));
+      CHECK(all.back().first % (t.dtype == DType::I8 ? 16 : 4) == 0);
+    }
+  }
+  std::ranges::sort(all);
+  int64_t sum = 0;
+  for (size_t i = 0; i < all.size(); i++) {
+    sum += all[i].second;
+    if (i) CHECK(all[i].first == all[i - 1].first + static_cast<uintptr_t>(all[i - 1].second));
+  }
+  CHECK(sum == static_cast<int64_t>(shape_i8.kv_bytes()));
+
+  s.randomise(5, 1);
+  const uint64_t at_5 = s.hash(5);
+  for (int layer : {0, 2, 3})
+    for (const Tensor& t : s.cache(layer).tensors())
+      for (int64_t p = 0; p < 7; p++) {
+        uint8_t* last = static_cast<uint8_t*>(t.slice(1, 1).data) + (p + 1) * t.shape[2] * item_bytes(t.dtype) - 1;  // of head 1, position p
+        CHECK((*last != 0) == (p < 5));
+        (*last)++;
+        CHECK((s.hash(5) != at_5) == (p < (layer == 3 ? 4 : 5)));
+        (*last)--;
+      }
+  CHECK(s.hash(5) == at_5);
+  CHECK(shape().kv_bytes() == 1 * 2 * 100 * 32 * 4);
+  CHECK(!HybridState(*device, shape(), 0).cache(1).k_scales);
+}

@@ -25,7 +25,7 @@ using Floats = std::span<const float>;
 
 struct Args {
   Options options;
-  std::string model, against, against_act, against_device, file;
+  std::string model, against, against_act, against_kv_type, against_device, file;
   std::vector<std::string> checks;
   double tol = 1e-3, ppl_tol = 0.1;  // max |d logit|; percent
   bool has_tol = false, no_mtp = false, json = false;
@@ -471,6 +471,7 @@ int run(Args a) {
   if (!a.against.empty()) {
     Options other = a.options;
     if (!a.against_act.empty()) other.act = a.against_act;
+    if (!a.against_kv_type.empty()) other.kv_type = a.against_kv_type;
     if (!a.against_device.empty()) other.device = a.against_device;
     reference.emplace(Engine::open(a.against, other, qn::progress_bars("B")));
     if (reference->info().vocab != engine.info().vocab)
@@ -505,6 +506,8 @@ void parse_args(CLI::App& app, Args& a, int argc, char** argv) {
   app.add_option("--against", a.against, "reference file: KL divergence and agreement over the same tokens (-f, or those of --check)")
       ->type_name("FILE");
   app.add_option("--against-act", a.against_act, "rounding of activations in the reference (default: as --act)")
+      ->type_name("FORMAT")->check(CLI::IsMember({"f32", "bf16", "int8"}));
+  app.add_option("--against-kv-type", a.against_kv_type, "KV cache of the reference (default: as --kv-type)")
       ->type_name("FORMAT")->check(CLI::IsMember({"f32", "bf16", "int8"}));
   app.add_option("--against-device", a.against_device, "where the reference runs (default: as --device)")->type_name("WHERE");
   app.add_option("--routing", a.routing, "count how N random tokens spread over the experts")->type_name("N")->check(CLI::Range(1, 1 << 30));
