@@ -484,6 +484,52 @@ TEST_CASE("CUDA: operations agree with ref") {
   agree_with_ref(devices, false);
 }
 
+// A NaN among the keys or values of a token reaches every head that reads them, through a cache of any format.
+static void nan_stays(Device& device) {
+  OpLimits l;
+  l.tokens = 16, l.width = 4096, l.heads = 16, l.context = 512;
+  device.reserve(l);
+  constexpr int64_t kDh = 256, kWidth = 2 * (2 + 2) * kDh;  // 2 heads, 2 key heads
+  for (DType kv : {DType::F32, DType::BF16, DType::I8})
+    for (int64_t t : {1, 3, 12})
+      for (const bool value : {false, true}) {
+        Bench b(device, 5);
+        AttentionArgs a;
+        Floats x = b.normals(t * kWidth, 1);
+        x[static_cast<size_t>((4 + (value ? 2 : 0) + 1) * kDh + 130)] = NAN;  // token 0, key head 1, second 128
+        a.qgkv = b.in(x, t, kWidth), a.q_norm = a.k_norm = b.in(norm_weights(b, kDh), kDh), a.inv_freq = b.in(b.normals(16, 1), 16);
+        a.heads = a.kv_heads = 2, a.step = b.step(0, static_cast<int>(t)), a.o = b.out("o", t, 2 * kDh);
+        a.k_cache = b.out("k", 2, t + 1, kDh, Floats(static_cast<size_t>(2 * (t + 1) * kDh)), kv);
+        a.v_cache = b.out("v", 2, t + 1, kDh, Floats(static_cast<size_t>(2 * (t + 1) * kDh)), kv);
+        if (kv == DType::I8) a.k_scales = b.out("ks", 2, t + 1, 2, {}, DType::F16), a.v_scales = b.out("vs", 2, t + 1, 2, {}, DType::F16);
+        device.attention(a);
+        const Floats o = b.finish()[0].after;
+        int lost = 0, spread = 0;
+        for (int64_t i = 0; i < t * 2 * kDh; i++) {
+          const int64_t dim = i % kDh;
+          const bool second = i / kDh % 2;
+          const bool must = second && (!value || (kv == DType::I8 ? dim >= 128 : dim == 130)), nan = !finite_bits(o[static_cast<size_t>(i)]);
+          lost += must && !nan, spread += nan && !must;
+        }
+        CHECK_MESSAGE(lost == 0, device.name(), ": ", name(kv), ", T=", t, value ? ", value" : ", key");
+        CHECK_MESSAGE(spread == 0, device.name(), ": ", name(kv), ", T=", t, value ? ", value" : ", key");
+      }
+}
+
+TEST_CASE("attention: NaN stays NaN, where it was") {
+  nan_stays(*make_ref_device());
+  for (Isa isa : {Isa::Scalar, Isa::Avx2, Isa::Avx512})
+    if (isa_available(isa)) nan_stays(*make_cpu_device(2, isa));
+}
+
+TEST_CASE("CUDA: attention: NaN stays NaN, where it was") {
+  if (list_cuda_devices().empty()) {
+    MESSAGE("SKIPPED: no GPU");
+    return;
+  }
+  nan_stays(*make_cuda_device(0, false));
+}
+
 TEST_CASE("contracts refuse what does not fit") {
   const auto d = make_ref_device();
   Bench b(*d, 1);
