@@ -10,6 +10,7 @@
 // Where the architecture lacks it both are nothing, and kernels start when the one before has ended.
 #pragma once
 #include <cuda_bf16.h>
+#include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
 #include <cstdint>
@@ -54,14 +55,6 @@ __device__ __forceinline__ void wait_for_previous() {
 
 // ---- loads ------------------------------------------------------------------------------------------------------------
 
-// 16 bytes of a weight: read once per pass over the model, so it should not push anything out of L1 or L2. volatile keeps it
-// where it is written: before wait_for_previous().
-__device__ __forceinline__ uint4 load_weights(const void* p) {
-  uint4 v;
-  asm volatile("ld.global.nc.L1::no_allocate.L2::evict_first.v4.u32 {%0,%1,%2,%3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(p));
-  return v;
-}
-
 __device__ __forceinline__ void copy_async16(void* shared, const void* global) {  // 16 bytes, both aligned to 16
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(static_cast<uint32_t>(__cvta_generic_to_shared(shared))), "l"(global) : "memory");
 }
@@ -93,6 +86,10 @@ __device__ __forceinline__ float silu(float x) { return x * sigmoid(x); }
 
 __device__ __forceinline__ uint32_t pack_bf16(float lo, float hi) {  // round to nearest even; lo in the low half
   const __nv_bfloat162 p = __floats2bfloat162_rn(lo, hi);
+  return *reinterpret_cast<const uint32_t*>(&p);
+}
+__device__ __forceinline__ uint32_t pack_half(float lo, float hi) {
+  const __half2 p = __floats2half2_rn(lo, hi);
   return *reinterpret_cast<const uint32_t*>(&p);
 }
 __device__ __forceinline__ float bf16_lo(uint32_t pair) { return __uint_as_float(pair << 16); }
@@ -127,6 +124,12 @@ __device__ __forceinline__ float block_sum(float v, float* shared) {
 // Any permutation of k applied to A and B alike leaves D as it is: cuda/unpack.cuh uses that.
 __device__ __forceinline__ void mma_16816(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
   asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+               : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+// The same of fp16 numbers
+__device__ __forceinline__ void mma_16816_half(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
                : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
                : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }

@@ -11,6 +11,11 @@
 // fragments (cuda/unpack.cuh), so nothing of it waits for another warp. The ring is filled before wait_for_previous(): the weights
 // stream in while the kernel before ends and while the prologue computes the norm.
 //
+// INT8 weights with BF16 activations: to make BF16 numbers of the codes takes more instructions than there is time for. So the products are of
+// fp16 numbers, 1024 + c (cuda/unpack.cuh) times x as BF16 rounds it and a power of two per token and 128 values makes it fit: its largest is
+// from 2^14 on, what is 2^25 times smaller is still exact, and less than that loses 2^-39 of the largest. What 1152 times the sum of x
+// leaves of the result is some thirtieth of it, in fp32.
+//
 // Rows that must see unrounded activations (router, gates of heads) are extra tasks behind the panels: 8 rows, one for each warp,
 // through the same ring, fp32 products with fp32 activations.
 #include "cuda/matvec.cuh"
@@ -29,6 +34,7 @@ constexpr int unit_loads(DType w) { return w == DType::INT4 ? 2 : 4; }
 constexpr int unit_k(DType w) { return w == DType::BF16 ? 64 : 128; }
 constexpr int slot_bytes(DType w) { return unit_loads(w) * 512 + (is_t16(w) ? 128 : 0); }
 constexpr int ring_units(DType w, bool deep) { return kRingLoads / unit_loads(w) * (deep ? 2 : 1); }
+constexpr bool as_half(DType w, Act a) { return w == DType::INT8 && a == Act::BF16; }
 // Rows of x in shared memory: padded with zeros to whole groups of 128, and apart such that 16-byte loads of two tokens' fragments
 // (4 times 16 bytes in a row of BF16 and INT8, with gaps of 16 bytes in INT4) share no bank.
 constexpr int x_stride(DType w, int k) { return (k + 127) / 128 * 128 + (w == DType::INT4 ? 8 : 32); }
@@ -46,7 +52,7 @@ struct Matvec {
   ExactRows exact[2];
   float* normed = nullptr;
   bool deep = false;
-  int x = 0, x_scale = 0, x_exact = 0, partial = 0, squares = 0, inverse = 0, bytes = 0;  // offsets in shared memory
+  int x = 0, x_scale = 0, x_sum = 0, x_exact = 0, partial = 0, squares = 0, inverse = 0, bytes = 0;  // offsets in shared memory
 };
 
 // Where things lie in shared memory. The sizes grow with T; `bytes` is their end.
@@ -61,7 +67,8 @@ void lay_out(Matvec& m, DType w, Act act, int tokens, bool deep) {
   };
   take(int64_t{kWarps} * ring_units(w, deep) * slot_bytes(w));
   m.x = take(int64_t{tokens} * x_stride(w, m.in.k) * 2);
-  m.x_scale = take(act == Act::INT8 ? int64_t{tokens} * groups * 4 : 0);
+  m.x_scale = take(act == Act::INT8 || as_half(w, act) ? int64_t{tokens} * groups * 4 : 0);
+  m.x_sum = take(as_half(w, act) ? int64_t{tokens} * groups * 16 : 0);
   m.x_exact = take(exact ? int64_t{tokens} * m.in.k * 4 : 0);
   m.partial = take(int64_t{2} * kWarps * tokens * kPanelRows * 4);
   m.squares = take(std::max<int64_t>(int64_t{tokens} * m.in.spans * m.in.pieces, 16) * 4);
@@ -197,9 +204,9 @@ __device__ __forceinline__ void flush(float (&total)[4], float (&sum)[4], float 
 }
 
 // total += one unit. x: what the lane reads of its token g from the first k of the unit on, valid where `live`; x_scale: of the
-// unit's k for tokens 2t and 2t+1.
+// unit's k for tokens 2t and 2t+1; x_sum: of 32 k each, of these tokens, for as_half().
 template <DType W, Act A>
-__device__ __forceinline__ void multiply(float (&total)[4], const uint8_t* unit, const uint16_t* x, bool live, float2 x_scale, int shift) {
+__device__ __forceinline__ void multiply(float (&total)[4], const uint8_t* unit, const uint16_t* x, bool live, float2 x_scale, const float4 (&x_sum)[2], int shift) {
   const int lane = static_cast<int>(threadIdx.x) % 32, g = lane / 4, t = lane % 4;
   auto weights = [&](int i) { return *reinterpret_cast<const uint4*>(unit + i * 512 + lane * 16); };
   auto tokens = [&](int at) { return live ? *reinterpret_cast<const uint4*>(x + at) : uint4{}; };
@@ -224,7 +231,27 @@ __device__ __forceinline__ void multiply(float (&total)[4], const uint8_t* unit,
       const uint16_t* s = scales + ((end >> shift) - 1) * kPanelRows + g;
       flush<A>(total, sum, half_bits_to_float(s[0]), half_bits_to_float(s[8]), x_scale);
     };
-    if constexpr (W == DType::INT8) {
+    if constexpr (as_half(W, A)) {
+      const float s0[4] = {x_sum[0].x, x_sum[0].y, x_sum[0].z, x_sum[0].w}, s1[4] = {x_sum[1].x, x_sum[1].y, x_sum[1].z, x_sum[1].w};
+      float more[4] = {}, of0 = 0, of1 = 0;  // a second chain, so that an instruction need not wait for the one before
+#pragma unroll
+      for (int i = 0; i < 4; i++) {
+        const uint4 v = weights(i), b = tokens(i * 32);
+        int8_raised_fragment<0>(v, a);
+        mma_16816_half(sum, a, b.x, b.y);
+        int8_raised_fragment<1>(v, a);
+        mma_16816_half(more, a, b.z, b.w);
+        of0 += s0[i], of1 += s1[i];
+        if ((i + 1) * 32 & ((1 << shift) - 1)) continue;
+        const uint16_t* s = scales + (((i + 1) * 32 >> shift) - 1) * kPanelRows + g;
+        const float lo = half_bits_to_float(s[0]), hi = half_bits_to_float(s[8]);
+        total[0] += lo * (x_scale.x * ((sum[0] - of0) + more[0])), total[1] += lo * (x_scale.y * ((sum[1] - of1) + more[1]));
+        total[2] += hi * (x_scale.x * ((sum[2] - of0) + more[2])), total[3] += hi * (x_scale.y * ((sum[3] - of1) + more[3]));
+#pragma unroll
+        for (int j = 0; j < 4; j++) sum[j] = more[j] = 0;
+        of0 = of1 = 0;
+      }
+    } else if constexpr (W == DType::INT8) {
 #pragma unroll
       for (int i = 0; i < 4; i++) {
         const uint4 v = weights(i), b = tokens(i * 32);
@@ -283,6 +310,21 @@ __device__ __forceinline__ void prologue(const Matvec& m, uint8_t* shared) {
       if (threadIdx.x % 32 == 0) x_scale[t * groups + k / 128] = scale;
     }
     uint16_t* to = x + t * stride;
+    if constexpr (as_half(W, A)) {
+      const uint32_t lo = pack_bf16(v.x, v.y), hi = pack_bf16(v.z, v.w);
+      v = {bf16_lo(lo), bf16_hi(lo), bf16_lo(hi), bf16_hi(hi)};
+      const float most = warp_max(fmaxf(fmaxf(fabsf(v.x), fabsf(v.y)), fmaxf(fabsf(v.z), fabsf(v.w))));
+      const uint32_t e = max(__float_as_uint(most) >> 23, 15u);  // 2^(e - 127) is at most `most`; of tiny numbers more
+      const float up = __uint_as_float((268 - e) << 23);         // 2^(14 - (e - 127))
+      v = {v.x * up, v.y * up, v.z * up, v.w * up};
+      *reinterpret_cast<uint2*>(to + k) = {pack_half(v.x, v.y), pack_half(v.z, v.w)};
+      float s = (v.x + v.y) + (v.z + v.w);  // of 32 values: 8 lanes
+#pragma unroll
+      for (int i = 1; i < 8; i *= 2) s += __shfl_xor_sync(0xffffffffu, s, i);
+      if (threadIdx.x % 8 == 0) reinterpret_cast<float*>(shared + m.x_sum)[(t * groups * 128 + k) / 32] = kRaised * s;
+      if (threadIdx.x % 32 == 0) x_scale[t * groups + k / 128] = __uint_as_float((e - 14) << 23);
+      return;
+    }
     if (W == DType::INT4) {  // k and k + 2 are neighbours there, k + 1 and k + 3 lie 4 places behind
       const int at = k / 16 * 16 + int4_position(k % 16);
       *reinterpret_cast<uint32_t*>(to + at) = pack_bf16(v.x, v.z);
@@ -338,7 +380,7 @@ __global__ void __launch_bounds__(kThreads, A == Act::INT8 ? 2 : 3) matvec_k(con
   const int tid = static_cast<int>(threadIdx.x), lane = tid % 32, g = lane / 4, t = lane % 4, tokens = m.in.tokens;
   const int k_all = m.in.k, groups = (k_all + 127) / 128, size = tokens * kPanelRows;
   const uint16_t* x = reinterpret_cast<const uint16_t*>(shared + m.x) + g * x_stride(W, k_all) + (W == DType::INT4 ? 16 : 8) * t;
-  const float* x_scale = reinterpret_cast<const float*>(shared + m.x_scale);
+  const float *x_scale = reinterpret_cast<const float*>(shared + m.x_scale), *x_sum = reinterpret_cast<const float*>(shared + m.x_sum);
   float* partial = reinterpret_cast<float*>(shared + m.partial);  // (2, warps, T, 16): while one half is summed the other is written
   const bool swiglu = m.store == Store::SwiGLU;
   const int per_token = swiglu ? kPanelRows / 2 : kPanelRows, row = tid % per_token, out = tid / per_token;  // of the thread: row and token
@@ -356,12 +398,15 @@ __global__ void __launch_bounds__(kThreads, A == Act::INT8 ? 2 : 3) matvec_k(con
 #pragma unroll 1
     for (int u = slice<W>(k_all, warp); u < end; u++) {
       float2 scale{};
-      if (A == Act::INT8) {
-        const int group = u * unit_k(W) / 128;
-        if (2 * t < tokens) scale.x = x_scale[2 * t * groups + group];
-        if (2 * t + 1 < tokens) scale.y = x_scale[(2 * t + 1) * groups + group];
+      float4 sums[2] = {};
+      const int group = u * unit_k(W) / 128;
+#pragma unroll
+      for (int i = 0; i < 2; i++) {
+        if (2 * t + i >= tokens) continue;
+        if (A == Act::INT8 || as_half(W, A)) (i ? scale.y : scale.x) = x_scale[(2 * t + i) * groups + group];
+        if (as_half(W, A)) sums[i] = load4(x_sum + ((2 * t + i) * groups + group) * 4);
       }
-      multiply<W, A>(total, ring.front(), x + u * unit_k(W), g < tokens, scale, m.shift);
+      multiply<W, A>(total, ring.front(), x + u * unit_k(W), g < tokens, scale, sums, m.shift);
       ring.pop();
     }
     float* p = partial + warp * size + 2 * t * kPanelRows + g;

@@ -54,6 +54,18 @@ __device__ __forceinline__ void int8_fragment(const uint4& v, uint32_t (&a)[4]) 
   a[3] = int8_pair(__byte_perm(hi, 0, 0x4342));
 }
 
+// The same codes as fp16 numbers 1024 + c, exact, with one instruction each: 0x64 before a byte. Who multiplies with them takes 1152 times
+// the sum of x from the result.
+constexpr float kRaised = 1024 + 128;
+template <int Step>
+__device__ __forceinline__ void int8_raised_fragment(const uint4& v, uint32_t (&a)[4]) {
+  const uint32_t lo = Step == 0 ? v.x : v.y, hi = Step == 0 ? v.z : v.w;
+  a[0] = __byte_perm(lo, 0x64646464u, 0x4140);
+  a[1] = __byte_perm(hi, 0x64646464u, 0x4140);
+  a[2] = __byte_perm(lo, 0x64646464u, 0x4342);
+  a[3] = __byte_perm(hi, 0x64646464u, 0x4342);
+}
+
 // lo: 8 values of row g, hi: of row g+8
 template <int Step>
 __device__ __forceinline__ void bf16_fragment(const uint4& lo, const uint4& hi, uint32_t (&a)[4]) {
