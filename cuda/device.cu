@@ -44,7 +44,7 @@ void check_blas(cublasStatus_t s, const char* what) {
 class CudaDevice final : public Device {
  public:
   CudaDevice(int index, bool graphs) : index_(index), graphs_(graphs) {
-    cuda::check(cudaSetDevice(index), "cudaSetDevice");
+    make_current();
     cudaDeviceProp p{};
     cuda::check(cudaGetDeviceProperties(&p, index), "cudaGetDeviceProperties");
     if (p.major < 8) fail("--device cuda:%d: %s has compute capability %d.%d, expected 8.0 or later; use --device cpu", index, p.name, p.major, p.minor);
@@ -64,6 +64,7 @@ class CudaDevice final : public Device {
     check_blas(cublasSetMathMode(context_.blas, CUBLAS_PEDANTIC_MATH), "cublasSetMathMode");
   }
   ~CudaDevice() override {
+    cudaSetDevice(index_);
     cudaStreamSynchronize(context_.stream);
     for (auto& [key, r] : recordings_)
       if (r.graph) cudaGraphExecDestroy(r.graph);
@@ -74,20 +75,27 @@ class CudaDevice final : public Device {
     cudaStreamDestroy(context_.stream);
   }
   std::string name() const override { return name_; }
+  void make_current() const override {  // asking takes some ns, and is allowed while recording
+    int now = -1;
+    if (cudaGetDevice(&now) != cudaSuccess || now != index_) cuda::check(cudaSetDevice(index_), "cudaSetDevice");
+  }
 
   // ---- memory
   uint64_t memory() const override {
+    make_current();
     size_t free = 0, total = 0;
     cuda::check(cudaMemGetInfo(&free, &total), "cudaMemGetInfo");
     return total;
   }
   uint64_t memory_free() const override {
+    make_current();
     size_t free = 0, total = 0;
     cuda::check(cudaMemGetInfo(&free, &total), "cudaMemGetInfo");
     return free;
   }
   uint64_t memory_used() const override { return free_at_start_ - std::min<uint64_t>(free_at_start_, memory_free()); }
   void* do_alloc(size_t bytes, const char* what) override {
+    make_current();
     void* p = nullptr;
     const cudaError_t e = cudaMalloc(&p, std::max<size_t>(bytes, 1));
     if (e == cudaErrorMemoryAllocation) {
@@ -99,6 +107,7 @@ class CudaDevice final : public Device {
     return p;
   }
   void do_free(void* p, size_t) override {
+    cudaSetDevice(index_);  // called by destructors
     cudaStreamSynchronize(context_.stream);
     cudaFree(p);
   }
@@ -116,10 +125,11 @@ class CudaDevice final : public Device {
   }
   LoadReport load(const File& file, std::span<const LoadPiece> pieces, int threads, bool check, const std::function<void(size_t)>& damaged,
                   const std::function<void(uint64_t, uint64_t)>& progress) override {
-    sync();
+    sync();  // this device is current from here on: the loader's threads take over which
     return cuda::load(file, pieces, threads, check, damaged, progress);
   }
   void upload(void* to, const void* from, size_t n) override {
+    make_current();
     if (n > kUpload) {  // from pageable memory: has read it when it returns
       cuda::check(cudaMemcpyAsync(to, from, n, cudaMemcpyHostToDevice, context_.stream), "upload");
       return;
@@ -130,21 +140,25 @@ class CudaDevice final : public Device {
     staged_ += (n + 63) / 64 * 64;
   }
   void download(void* to, const void* from, size_t n) override {
+    make_current();
     cuda::check(cudaMemcpyAsync(to, from, n, cudaMemcpyDeviceToHost, context_.stream), "download");
     sync();
   }
   void copy(void* to, const void* from, size_t n) override {
+    make_current();
     cuda::check(cudaMemcpyAsync(to, from, n, cudaMemcpyDeviceToDevice, context_.stream), "copy");
   }
-  void zero(void* to, size_t n) override { cuda::check(cudaMemsetAsync(to, 0, n, context_.stream), "zero"); }
-  void sync() override { cuda::check(cudaStreamSynchronize(context_.stream), "waiting for the device (--no-graph names the operation)"); }
+  void zero(void* to, size_t n) override { make_current(), cuda::check(cudaMemsetAsync(to, 0, n, context_.stream), "zero"); }
+  void sync() override { make_current(), cuda::check(cudaStreamSynchronize(context_.stream), "waiting for the device (--no-graph names the operation)"); }
   bool idle() override {
+    make_current();
     const cudaError_t e = cudaStreamQuery(context_.stream);
     if (e == cudaErrorNotReady) return false;
     cuda::check(e, "the device failed (--no-graph names the operation)");
     return true;
   }
   Mail* alloc_mail() override {
+    make_current();
     Mail* m = nullptr;
     cuda::check(cudaHostAlloc(&m, sizeof(Mail), cudaHostAllocMapped), "cudaHostAlloc");
     std::memset(m, 0, sizeof *m);
@@ -162,7 +176,7 @@ class CudaDevice final : public Device {
   void reserve(const OpLimits& l) override {
     const size_t bytes = scratch_bytes(l);
     if (bytes <= context_.scratch_bytes) return;
-    sync();
+    sync();  // this device is current from here on
     recordings_forget(nullptr);  // they hold the old address
     if (context_.scratch) cuda::check(cudaFree(context_.scratch), "cudaFree");
     context_.scratch = nullptr, context_.scratch_bytes = 0;
@@ -172,6 +186,7 @@ class CudaDevice final : public Device {
 
   // ---- recordings
   void recorded(const void* owner, uint64_t key, const std::function<void()>& body) override {
+    make_current();
     Recording* r = graphs_ ? &recordings_[{owner, key}] : nullptr;
     if (!r || !r->warm) {
       body();
@@ -196,11 +211,13 @@ class CudaDevice final : public Device {
     cuda::check(cudaGraphLaunch(r->graph, context_.stream), "cudaGraphLaunch");
   }
   void forget(const void* owner) override {
+    cudaSetDevice(index_);
     cudaStreamSynchronize(context_.stream);  // called by destructors: a failure shows where results are wanted
     recordings_forget(owner);
   }
 
   double read_bandwidth() override {
+    make_current();
     // Weights, when there are enough of them: they are what a token reads. Else memory of its own, larger than any cache.
     Buffer own;
     const uint8_t* p = weights_;

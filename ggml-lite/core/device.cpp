@@ -110,7 +110,9 @@ const char* name(Op op) {
 bool Device::begin(Op op, uint64_t bytes) {
   traffic_[static_cast<int>(op)].calls++;
   traffic_[static_cast<int>(op)].bytes += bytes;
-  return selected_ & bit(op);
+  if (!(selected_ & bit(op))) return false;
+  make_current();
+  return true;
 }
 
 void Device::embed(const EmbedArgs& a) {

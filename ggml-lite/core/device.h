@@ -217,6 +217,9 @@ class Device {
  public:
   virtual ~Device() = default;
   virtual std::string name() const = 0;         // "cpu (16 threads, avx512)"
+  // Makes this the device that the calling thread talks to, where there may be several of a kind. Every operation begins with it; an
+  // implementation that needs it begins its other entry points with it, too.
+  virtual void make_current() const {}
 
   // ---- memory and order
   Buffer alloc(size_t bytes, const char* what);  // zeroed; throws Error naming `what` and the missing bytes
