@@ -182,13 +182,18 @@ struct Box {
 
 constexpr int kText = 2, kLine = kLetterHeight * kText, kLegendRow = kLine + 8, kKey = 34;  // kKey: the piece of line before a name
 
-// Names in rows, as many as fit; where each begins, relative to the legend's corner.
-std::vector<Box> legend_boxes(const Panel& panel, int width) {
+// Names in rows, as many as fit; where each begins, relative to the legend's corner. Fewer boxes than series: the one after the
+// last name says so, for the chart needs its room.
+std::vector<Box> legend_boxes(const Panel& panel, int width, int height) {
   std::vector<Box> boxes;
   int x = 0, y = 0;
   for (const Series& s : panel.series) {
     const int w = kKey + text_width(s.name, kText) + 24;
     if (x > 0 && x + w > width) x = 0, y += kLegendRow;
+    if (y + 2 * kLegendRow > height && boxes.size() + 1 < panel.series.size()) {  // perhaps the last row
+      boxes.push_back({0, x > 0 ? y + kLegendRow : y, width, kLegendRow});
+      return boxes;
+    }
     boxes.push_back({x, y, w, kLegendRow});
     x += w;
   }
@@ -276,6 +281,10 @@ void panel_in(Canvas& c, const Panel& panel, const std::vector<Box>& legend, int
   lines(c, panel, area, xs, ys);
   for (size_t n = 0; n < legend.size(); n++) {
     const int x = left + 36 + legend[n].x, y = c.image.height - legend_height - 8 + legend[n].y;
+    if (n + 1 == legend.size() && legend.size() < panel.series.size()) {
+      c.text(x, y, qn::format("and %zu more", panel.series.size() - n), kText, kPale);
+      break;
+    }
     c.line(x, y + kLine / 2 - 1, x + kKey - 12, y + kLine / 2 - 1, 2.6, kLines[n % std::size(kLines)]);
     mark(c, x + (kKey - 12) / 2, y + kLine / 2 - 1, n);
     c.text(x + kKey, y, panel.series[n].name, kText, kInk);
@@ -291,7 +300,7 @@ Image draw(std::span<const Panel> panels, int width, int height) {
   std::vector<std::vector<Box>> legends;
   int tallest = 0;
   for (const Panel& p : panels) {
-    legends.push_back(legend_boxes(p, width / n - 60));
+    legends.push_back(legend_boxes(p, width / n - 60, height / 3));
     if (!legends.back().empty()) tallest = std::max(tallest, legends.back().back().y + kLegendRow);
   }
   for (int i = 0; i < n; i++) {

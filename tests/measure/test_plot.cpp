@@ -55,6 +55,10 @@ TEST_CASE("a chart of nothing, of too much, of what is no number") {
   for (int i = 0; i < 100; i++)
     many.series.push_back({"a name with \xc3\xa9 and \x01 " + std::string(static_cast<size_t>(i), '~'), {{1.0 + i, 2.0}}});
   CHECK(plot::draw({&many, 1}).rgb.size() == 1400 * 600 * 3);
+  for (int i = 100; i < 150; i++) many.series.push_back({"series " + std::to_string(i), {{1.0 + i, 2.0}}});
+  const Span line = blue(plot::draw({&many, 1}), 100, 1300);  // names must not take the room of the lines
+  CHECK(line.from < 200);
+  CHECK(line.to - line.from > 50);
 }
 
 TEST_CASE("a chart as a file") {
