@@ -379,6 +379,22 @@ TEST_CASE("qn: verify names the damaged tensor and expert, the first in the file
   for (int i = 0; i < 20; i++) check_error(damaged({16384, 12288, 8200}), {"tensor second is"});
   CHECK(damaged({5000}) == "");  // between tensors nothing is stored
 
+  damaged({4096, 12288});  // of the first tensor, and of the first expert: only what is picked is looked at, and counted
+  const auto picked = [&](std::initializer_list<const char*> names) {
+    uint64_t all = 0;
+    const QnFile file = QnFile::open(path);
+    const std::string error = error_of([&] {
+      file.verify(2, [&](uint64_t, uint64_t total) { all = total; },
+                  [&](const QnTensor& t) { return std::ranges::any_of(names, [&](const char* name) { return t.name == name; }); });
+    });
+    if (error.empty()) CHECK(all == (names.size() ? file.find("second")->bytes : 0));
+    return error;
+  };
+  CHECK(picked({}) == "");
+  CHECK(picked({"second"}) == "");
+  check_error(picked({"second", "many"}), {"tensor many, expert 0, is"});
+  check_error(picked({"first", "second", "many"}), {"tensor first is"});
+
   const std::string said = damaged({8200});
   damaged({16384, 8200});
   const QnFile f = QnFile::open(path);

@@ -28,6 +28,18 @@ TEST_CASE("term: parse_size") {
   CHECK_THROWS_WITH(parse_size("24X", "--ram"), "--ram: expected a size such as 24G (GiB), 800M or bytes, got \"24X\"");
 }
 
+TEST_CASE("term: parse_count and parse_choice") {
+  CHECK(parse_count("1", "-n", 1, 9) == 1);
+  CHECK(parse_count("9", "-n", 1, 9) == 9);
+  for (const char* bad : {"", "0", "10", "-1", "+1", "1 ", " 1", "1.0", "x", "99999999999999999999"}) {
+    CAPTURE(bad);
+    CHECK_THROWS_AS(parse_count(bad, "-n", 1, 9), Error);
+  }
+  CHECK_THROWS_WITH(parse_count("x", "-n", 1, 9), "-n: expected a whole number from 1 to 9, got \"x\"");
+  CHECK(parse_choice("b", "-o", {"a", "b"}) == "b");
+  CHECK_THROWS_WITH(parse_choice("c", "-o", {"a", "b"}), "-o: expected one of a, b, got \"c\"");
+}
+
 TEST_CASE("term: numbers for people") {
   CHECK(human_bytes(0) == "0 B");
   CHECK(human_bytes(17) == "17 B");

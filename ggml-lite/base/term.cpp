@@ -96,6 +96,23 @@ uint64_t parse_size(const std::string& text, const std::string& option) {
   return static_cast<uint64_t>(bytes);
 }
 
+int parse_count(const std::string& text, const char* option, int min, int max) {
+  int v = 0;
+  const char* const end = text.data() + text.size();
+  const auto [p, error] = std::from_chars(text.data(), end, v);
+  if (error != std::errc() || p != end || v < min || v > max) fail("%s: expected a whole number from %d to %d, got \"%s\"", option, min, max, text.c_str());
+  return v;
+}
+
+std::string parse_choice(const std::string& text, const char* option, std::initializer_list<const char*> choices) {
+  std::string all;
+  for (const char* c : choices) {
+    if (text == c) return text;
+    all += (all.empty() ? "" : ", ") + std::string(c);
+  }
+  fail("%s: expected one of %s, got \"%s\"", option, all.c_str(), text.c_str());
+}
+
 // ---- characters -----------------------------------------------------------------------------------------------------
 
 // One character at s[at]; an invalid byte counts as a character of its own. (text/unicode has the strict reader; base may not

@@ -3,6 +3,7 @@
 #pragma once
 #include <cstdint>
 #include <functional>
+#include <initializer_list>
 #include <memory>
 #include <string>
 #include <string_view>
@@ -58,6 +59,8 @@ std::string human_gib(uint64_t bytes);        // "42.4 GiB", "812 MiB"
 std::string human_seconds(double seconds);    // "0.8 s", "3 min 20 s", "2 h 5 min"
 // "24G" is GiB; also K, M, T, plain bytes, "1.5G", "24GiB". Throws Error.
 uint64_t parse_size(const std::string& text, const std::string& option);
+int parse_count(const std::string& text, const char* option, int min, int max);  // throws Error naming the bounds
+std::string parse_choice(const std::string& text, const char* option, std::initializer_list<const char*> choices);  // one of these, or Error
 
 // Columns that a text takes on a terminal: 2 for wide East Asian characters and emoji, 0 for combining marks.
 int text_columns(std::string_view text);

@@ -345,7 +345,8 @@ void QnFile::check(const QnTensor& t, size_t record) const {
   if (!intact(t, record)) damaged(t, record);
 }
 
-void QnFile::verify(int threads, const std::function<void(uint64_t done, uint64_t total)>& progress) const {
+void QnFile::verify(int threads, const std::function<void(uint64_t done, uint64_t total)>& progress,
+                    const std::function<bool(const QnTensor&)>& which) const {
   struct Piece {
     const QnTensor* tensor;
     size_t record;
@@ -353,6 +354,7 @@ void QnFile::verify(int threads, const std::function<void(uint64_t done, uint64_
   std::vector<Piece> pieces;
   uint64_t total = 0;
   for (const QnTensor& t : tensors_) {
+    if (which && !which(t)) continue;
     total += t.bytes;
     for (size_t e = 0; e < t.crc.size(); e++) pieces.push_back({&t, e});
   }

@@ -79,9 +79,10 @@ class QnFile {
   // Checks a dense tensor (record 0) or one expert's record against its checksum; throws the Error of verify(). For loaders that
   // copy the data to a device and so read all of it anyway; they call it from as many threads as they copy with.
   void check(const QnTensor& t, size_t record) const;
-  // Checks the data of every tensor against its checksums with `threads` threads (0: physical cores); throws Error naming the
-  // first bad one in file order. progress is called by the caller's thread only.
-  void verify(int threads, const std::function<void(uint64_t done, uint64_t total)>& progress = {}) const;
+  // Checks the data of every tensor, or of those that `which` picks, against its checksums with `threads` threads (0: physical cores);
+  // throws Error naming the first bad one in file order. progress is called by the caller's thread only.
+  void verify(int threads, const std::function<void(uint64_t done, uint64_t total)>& progress = {},
+              const std::function<bool(const QnTensor&)>& which = {}) const;
 
   // Throws the Error of check() for a record that somebody else found damaged.
   [[noreturn]] void damaged(const QnTensor& t, size_t record) const;
