@@ -11,10 +11,12 @@
 #include <chrono>
 #include <cmath>
 #include <cstring>
+#include <set>
+#include <utility>
 
 #include "cuda/cuda.h"                        // make_cuda_device, list_cuda_devices
 #include "ggml-lite/base/file.h"              // available_ram
-#include "ggml-lite/base/term.h"              // parse_size, human_gib
+#include "ggml-lite/base/term.h"              // parse_count, human_gib
 #include "ggml-lite/base/threads.h"           // default_threads
 #include "ggml-lite/core/limits.h"            // kMaxWidth, ...
 #include "ggml-lite/core/plan.h"              // plan_memory
@@ -38,32 +40,14 @@ using qn::ChatStyle;
 using qn::Device;
 using qn::DType;
 using qn::fail;
+using qn::parse_choice;
+using qn::parse_count;
 using qn::QnFile;
 using qn::StepParams;
 using qn::Tensor;
 using qn::view;
 
 // ---- 1. options -------------------------------------------------------------------------------------------------------
-
-static int parse_count(const std::string& text, const char* option, int min, int max) {
-  size_t used = 0;
-  long v = min - 1L;
-  try {
-    v = std::stol(text, &used);
-  } catch (const std::exception&) {
-  }
-  if (used != text.size() || text.empty() || v < min || v > max) fail("%s: expected a whole number from %d to %d, got \"%s\"", option, min, max, text.c_str());
-  return static_cast<int>(v);
-}
-
-static std::string parse_choice(const std::string& text, const char* option, std::initializer_list<const char*> choices) {
-  std::string all;
-  for (const char* c : choices) {
-    if (text == c) return text;
-    all += (all.empty() ? "" : ", ") + std::string(c);
-  }
-  fail("%s: expected one of %s, got \"%s\"", option, all.c_str(), text.c_str());
-}
 
 // "cuda" or "cuda:0,1": numbers may repeat
 static std::string parse_device(const std::string& text) {
@@ -98,7 +82,7 @@ std::span<const OptionRow> options_table() {
        [](Options& o, const std::string& v) { o.isa = parse_choice(v, "--isa", {"auto", "scalar", "avx2", "avx512"}); }},
       {"--ram", "SIZE", "memory this process may use, e.g. 24G (GiB)", [](Options& o, const std::string& v) { o.ram = qn::parse_size(v, "--ram"); }},
       {"--no-graph", "", "GPU: launch and wait for every operation by itself (to find a failing one)", [](Options& o, const std::string&) { o.graph = false; }},
-      {"--verify", "", "check all checksums of the file at start (default for files under 1 GiB, and on the way to a GPU)",
+      {"--verify", "", "check all checksums of the file at start (default for files under 1 GiB, and for weights on their way to a GPU)",
        [](Options& o, const std::string&) { o.verify = Verify::Yes; }},
       {"--no-verify", "", "do not check them", [](Options& o, const std::string&) { o.verify = Verify::No; }},
   };
@@ -461,6 +445,7 @@ struct Engine::Impl {
   DType kv_type = DType::BF16;
   bool mtp = false;
   Buffer inv_freq, allowed;  // allowed (V) U8: ids that have a token; empty without a tokenizer
+  Buffer reserved;           // what the plan keeps for a session, until there is one: the plan of the next engine must not count on it
   qn::LoadReport loaded;
   TraceHook hook;
 
@@ -494,11 +479,14 @@ Engine Engine::open(const std::string& path, const Options& options, const Progr
       if (progress) progress(what, done, total);
     };
   };
-  const bool own = e->device->memory() > 0;  // then weights are copied, and checked on the way
-  if (!own && (options.verify == Verify::Yes || (options.verify == Verify::Auto && e->file.size() < 1ull << 30))) e->file.verify(threads, report("verifying"));
-  if (own) e->device->reserve_weights(e->plan.weights);
+  if (e->device->memory()) e->device->reserve_weights(e->plan.weights);
   Binder binder(e->file, *e->device, e->model, e->mtp);
   binder.bind();
+  if (options.verify == Verify::Yes || (options.verify == Verify::Auto && e->file.size() < 1ull << 30)) {
+    std::set<const qn::QnTensor*> copied;  // checked on the way
+    for (const auto& [tensor, record] : binder.sources) copied.insert(tensor);
+    e->file.verify(threads, report("verifying"), [&](const qn::QnTensor& t) { return !copied.contains(&t); });
+  }
   if (!binder.pieces.empty())
     e->loaded = e->device->load(e->file.file(), binder.pieces, std::min(threads, 16), options.verify != Verify::No,
                                 [&](size_t i) { e->file.damaged(*binder.sources[i].first, binder.sources[i].second); }, report("loading"));
@@ -512,6 +500,7 @@ Engine Engine::open(const std::string& path, const Options& options, const Progr
     e->allowed = e->device->alloc(has.size(), "ids that have a token");
     e->device->upload(e->allowed.data(), has.data(), has.size());
   }
+  if (e->device->memory()) e->reserved = e->device->alloc(e->plan.kv + e->plan.state + e->plan.scratch, "cache, state and scratch");
   return Engine(std::move(e));
 }
 
@@ -688,11 +677,11 @@ struct Session::Impl {
     choose();
   }
 
-  // Takes the token that was chosen into the timeline. With sampling on the host: step_one().
+  // Takes the token that was chosen into the timeline, and starts the choice of the next.
   void advance(int32_t id) {
-    if (!chooser || e.mtp || e.hook) {
-      step_one(id);
-      if (chooser) choose();
+    if (e.mtp || e.hook) {
+      take_token(id);
+      choose();
       return;
     }
     tokens.push_back(id);
@@ -701,7 +690,6 @@ struct Session::Impl {
       choose();
     });
     stale = true;
-    timings.decode_tokens++;  // its time is what the host waits for the choice after it
   }
 
   // ---- for benchmarks
@@ -870,15 +858,20 @@ struct Session::Impl {
     return r;
   }
 
-  void step_one(int32_t id) {
+  void take_token(int32_t id) {
     check_token(id);
     if (position() >= e.plan.ctx) fail("the context of %d positions is full; start over with a larger --ctx", e.plan.ctx);
-    const double start = now();
     tokens.push_back(id);
     forward(position() - 1, 1, nullptr);
-    if (!chooser) device.sync();
-    timings.decode_tokens++;
-    timings.decode_seconds += now() - start;
+  }
+
+  void decoded(double since) { timings.decode_tokens++, timings.decode_seconds += now() - since; }
+
+  void step_one(int32_t id) {
+    const double start = now();
+    take_token(id);
+    device.sync();
+    decoded(start);
   }
 
   GenerateResult generate(const GenerateParams& p, const std::function<bool(const Delivery&)>& deliver) {
@@ -900,6 +893,7 @@ struct Session::Impl {
       r.text += text;
       return !deliver || deliver({id, text});
     };
+    double started = 0;  // when the pass began that is still under way on a device that chooses
     if (chooser) begin_choosing(p.sampling);
     while (true) {
       if (p.max_tokens >= 0 && static_cast<int>(r.ids.size()) >= p.max_tokens) break;
@@ -911,9 +905,8 @@ struct Session::Impl {
         r.finish = Finish::Interrupted;
         break;
       }
-      const double waiting = now();
       const int32_t id = chooser ? chooser.wait(position()) : sampler.next(host_logits(), tokens, r.ids.size(), static_cast<uint64_t>(position()));
-      if (chooser) timings.decode_seconds += now() - waiting;
+      if (started > 0) decoded(std::exchange(started, 0));
       if (p.stop_at_end_tokens && std::ranges::find(m.info.end_tokens, id) != m.info.end_tokens.end()) {
         r.finish = Finish::EndToken;
         break;
@@ -932,10 +925,11 @@ struct Session::Impl {
       if (!p.stop.empty() && had_all && stream.taken() != stream.given()) state.checkpoint(position(), true);
       r.ids.push_back(id);
       ends.push_back(text_bytes);
-      if (chooser) advance(id);  // the GPU computes while the text is shown
+      if (chooser) started = now(), advance(id);  // the GPU computes while the text is shown
       go = give(id, text);
-      if (!chooser) advance(id);
+      if (!chooser) step_one(id);
     }
+    if (started > 0) device.sync(), decoded(started);  // as many passes as tokens are in the time of both
     if (r.finish == Finish::StopString) {
       // Keep the tokens whose text was delivered whole; at a boundary also those without any text that follow.
       size_t keep = 0;
@@ -963,7 +957,10 @@ struct Session::Impl {
   }
 };
 
-Session::Session(Engine& engine) : impl_(std::make_unique<Impl>(*engine.impl_)) {}
+Session::Session(Engine& engine) {
+  engine.impl_->reserved = {};
+  impl_ = std::make_unique<Impl>(*engine.impl_);
+}
 Session::Session(Session&&) noexcept = default;
 Session::~Session() = default;
 

@@ -31,7 +31,7 @@ using qn::SamplerParams;
 
 // ---- options --------------------------------------------------------------------------------------------------------
 
-enum class Verify { Auto, Yes, No };  // Auto: checksums of the weights are checked at open for files under 1 GiB
+enum class Verify { Auto, Yes, No };  // checksums at open. Auto: of files under 1 GiB, and of weights that are copied to a GPU
 
 struct Options {
   std::string device = "auto";      // auto | ref | cpu | cuda | cuda:0,1
@@ -110,7 +110,8 @@ struct ChatOptions {
 
 class Engine {
  public:
-  // Validates, plans, places. Throws Error; nothing is allocated when the plan does not fit.
+  // Validates, plans, places. Throws Error; nothing is allocated when the plan does not fit. On a GPU the memory of one session is
+  // taken here, so that engines opened in turn share it without surprises; it is given to the first session.
   static Engine open(const std::string& path, const Options& options, const Progress& progress = {});
   // Only the tokenizer of a file (works on files without weights).
   static Engine open_tokenizer(const std::string& path);
@@ -171,7 +172,7 @@ struct GenerateResult {
   double seconds = 0;
 };
 
-struct Timings {
+struct Timings {  // of passes that have ended; in a generation on a GPU from a token's start until the next one is chosen
   uint64_t prefill_tokens = 0, decode_tokens = 0;
   double prefill_seconds = 0, decode_seconds = 0;
 };
