@@ -19,6 +19,7 @@
 #include "ggml-lite/base/term.h"              // parse_count, human_gib
 #include "ggml-lite/base/threads.h"           // default_threads
 #include "ggml-lite/core/limits.h"            // kMaxWidth, ...
+#include "ggml-lite/core/measure.h"           // time_pass
 #include "ggml-lite/core/plan.h"              // plan_memory
 #include "ggml-lite/core/qn.h"                // QnFile
 #include "ggml-lite/cpu/cpu.h"                // make_cpu_device
@@ -519,7 +520,10 @@ Engine::~Engine() = default;
 const ModelInfo& Engine::info() const { return impl_->model.info; }
 const Plan& Engine::plan() const { return impl_->plan; }
 const qn::LoadReport& Engine::load_report() const { return impl_->loaded; }
-double Engine::read_bandwidth() const { return impl_->device->read_bandwidth(); }
+double Engine::read_bandwidth() const {
+  const Plan& p = impl_->plan;
+  return impl_->device->read_bandwidth(impl_->device->memory() ? 0 : p.budget - p.kv - p.state - p.scratch);
+}
 MemoryUse Engine::memory_use() const { return {impl_->device->memory_used(), impl_->device->memory()}; }
 std::string Engine::device_name() const { return impl_->device ? impl_->device->name() : "none"; }
 bool Engine::has_tokenizer() const { return impl_->tokenizer.has_value(); }
@@ -643,12 +647,15 @@ struct Session::Impl {
     const bool all_rows = e.hook || each || e.mtp;  // final norms of every row are wanted
     auto body = [&] { layers_and_head(n, all_rows); };
     if (all_rows || n > kRecorded) body();
-    else device.recorded(this, static_cast<uint64_t>(n), body);
+    else device.recorded(this, recording(n), body);
     if (each) all_logits(from, n, *each);
     if (e.mtp) mtp(from, n);
     if (all_rows) device.copy(last_hidden(), hidden.slice(n, 1).data, static_cast<size_t>(m.info.width) * sizeof(float));
     stale = true;
   }
+
+  // The key of the recording of a pass over n tokens; those that choose the next token and those of some operations only have others.
+  uint64_t recording(int n) const { return uint64_t{device.selected()} << 8 | static_cast<uint64_t>(n); }
 
   void layers_and_head(int n, bool all_rows) {
     const Tensor x = h.slice(0, n);
@@ -706,49 +713,42 @@ struct Session::Impl {
     return state_shape(m, position() + rows, e.kv_type, false).kv_bytes();
   }
 
-  // Runs a pass over `rows` tokens of which only the operations in `mask` do something.
-  void part(uint32_t mask, int rows) {
-    device.select(mask);
-    auto body = [&] { layers_and_head(rows, false); };
-    if (mask && rows <= kRecorded) device.recorded(this, (uint64_t{mask} << 8) + static_cast<uint64_t>(rows), body);
-    else body();
-    device.select(~0u);
+  // A pass over tokens after the timeline, which stays as it is; go_back(position()) afterwards.
+  qn::Pass pass_over(std::span<const int32_t> more) {
+    const int n = static_cast<int>(more.size()), at = position(), most = std::min(ubatch, e.plan.ctx - at);
+    if (n < 1 || n > most) fail("measuring a pass at position %d: expected 1 to %d tokens, got %d", at, most, n);
+    for (int32_t id : more) check_token(id);
+    state.checkpoint(at);
+    auto prepare_again = [this, more, n, at] {
+      state.restore(at);
+      tokens.insert(tokens.end(), more.begin(), more.end());
+      prepare(at, n);
+      tokens.resize(static_cast<size_t>(at));
+    };
+    return {prepare_again, [this, n](bool record) {
+      auto body = [&] { layers_and_head(n, false); };
+      if (record && n <= kRecorded && !e.hook) device.recorded(this, recording(n), body);
+      else body();
+    }};
   }
 
-  std::vector<OpTime> profile(int rows) {
-    if (rows < 1 || rows > ubatch || position() + rows > e.plan.ctx) fail("cannot profile %d tokens at position %d", rows, position());
-    const int at = position();
-    state.checkpoint(at);
-    tokens.resize(static_cast<size_t>(at + rows), 1);
-    forward(at, rows, nullptr);  // leaves plausible values everywhere
-    std::vector<OpTime> out;
-    for (int i = 0; i < qn::kOps; i++) {
-      const auto op = static_cast<qn::Op>(i);
-      device.forget_traffic();
-      part(0, rows);
-      const auto [calls, bytes] = device.traffic(op);
-      if (!calls) continue;
-      std::vector<double> seconds;
-      for (int repeat = 0; repeat < 3 + 9; repeat++) {
-        device.sync();
-        const double start = now();
-        part(qn::bit(op), rows);
-        device.sync();
-        if (repeat >= 3) seconds.push_back(now() - start);
-      }
-      std::ranges::sort(seconds);
-      out.push_back({qn::name(op), calls, seconds[seconds.size() / 2], bytes + (op == qn::Op::Attention ? cache_bytes(0) : 0)});
-    }
-    go_back(at);
+  PassTime pass(std::span<const int32_t> more) {
+    PassTime r = qn::time_pass(device, pass_over(more));
+    go_back(position());
+    r.bytes += cache_bytes(static_cast<int>(more.size()));
+    return r;
+  }
+
+  std::vector<OpTime> profile(std::span<const int32_t> more) {
+    std::vector<OpTime> out = qn::time_operations(device, pass_over(more));
+    go_back(position());
+    for (OpTime& op : out)
+      if (op.name == qn::name(qn::Op::Attention)) op.bytes += cache_bytes(static_cast<int>(more.size()));
     return out;
   }
 
-  uint64_t bytes_per_pass(int rows) {
-    device.forget_traffic();
-    part(0, std::min(rows, ubatch));
-    uint64_t sum = cache_bytes(0);
-    for (int i = 0; i < qn::kOps; i++) sum += device.traffic(static_cast<qn::Op>(i)).bytes;
-    return sum;
+  uint64_t bytes_per_token() {
+    return qn::bytes_asked(device, {{}, [this](bool) { layers_and_head(1, false); }}) + cache_bytes(1);
   }
 
   // Logits of rows of `x`, normed already when `norm` is empty, in groups small enough for the scratch.
@@ -989,8 +989,9 @@ GenerateResult Session::generate(const GenerateParams& params, const std::functi
 }
 Timings Session::timings() const { return impl_->timings; }
 void Session::pretend(int position, uint64_t seed) { impl_->pretend(position, seed); }
-std::vector<OpTime> Session::profile(int rows) { return impl_->profile(rows); }
-uint64_t Session::bytes_per_pass(int rows) const { return impl_->bytes_per_pass(rows); }
+std::vector<OpTime> Session::profile(std::span<const int32_t> tokens) { return impl_->profile(tokens); }
+PassTime Session::pass(std::span<const int32_t> tokens) { return impl_->pass(tokens); }
+uint64_t Session::bytes_per_token() const { return impl_->bytes_per_token(); }
 uint64_t Session::state_hash() const { return impl_->state.hash(impl_->position()); }
 
 }  // namespace qnext

@@ -20,6 +20,7 @@
 
 #include "ggml-lite/base/check.h"
 #include "ggml-lite/core/device.h"   // LoadReport
+#include "ggml-lite/core/measure.h"  // OpTime, PassTime
 #include "ggml-lite/text/chatml.h"   // Message, ToolCall, ChatStyle, Answer
 #include "ggml-lite/text/sampler.h"  // SamplerParams
 
@@ -27,6 +28,8 @@ namespace qnext {
 
 using qn::Error;
 using qn::Message;
+using qn::OpTime;
+using qn::PassTime;
 using qn::SamplerParams;
 
 // ---- options --------------------------------------------------------------------------------------------------------
@@ -89,14 +92,6 @@ struct MemoryUse {
   uint64_t device_used, device_total;    // bytes of the GPU: taken since the device was opened, and all; 0 on host devices
 };
 
-// One kind of operation in a pass over the model, all its calls together.
-struct OpTime {
-  std::string name;
-  int calls;
-  double seconds;
-  uint64_t bytes;  // that it has to move at the least
-};
-
 using Progress = std::function<void(std::string_view what, uint64_t done, uint64_t total)>;
 
 // Sees intermediate values: layer -1 for what is outside the layers. rows x cols, valid during the call.
@@ -122,7 +117,7 @@ class Engine {
   const Plan& plan() const;
   std::string device_name() const;
   const qn::LoadReport& load_report() const;  // how the weights got to the device; zero where they are used as the file is mapped
-  double read_bandwidth() const;              // bytes/s of a plain read of the memory that weights are in, measured now
+  double read_bandwidth() const;              // bytes/s of a plain read of the memory that weights are in, measured now in what the plan leaves free
   MemoryUse memory_use() const;
 
   bool has_tokenizer() const;
@@ -208,9 +203,11 @@ class Session {
   // ---- for benchmarks
   // The timeline becomes `position` arbitrary tokens with random cache and state, as if computed; rewind(position) comes back here.
   void pretend(int position, uint64_t seed);
-  // A pass over `rows` tokens at the present position: each kind of operation timed alone. The session is afterwards where it was.
-  std::vector<OpTime> profile(int rows);
-  uint64_t bytes_per_pass(int rows) const;  // weights, state and cache that a pass over `rows` tokens has to move
+  // A pass over these tokens after the present position, at most Plan::ubatch: as a whole, or each kind of operation timed alone. The
+  // session is afterwards where it was. Bytes are those of weights, state and cache; of experts each one that is chosen, once.
+  PassTime pass(std::span<const int32_t> tokens);
+  std::vector<OpTime> profile(std::span<const int32_t> tokens);
+  uint64_t bytes_per_token() const;  // that decoding a token here has to move
 
  private:
   struct Impl;

@@ -216,7 +216,7 @@ class CudaDevice final : public Device {
     recordings_forget(owner);
   }
 
-  double read_bandwidth() override {
+  double read_bandwidth(uint64_t) override {
     make_current();
     // Weights, when there are enough of them: they are what a token reads. Else memory of its own, larger than any cache.
     Buffer own;

@@ -72,10 +72,27 @@ same "version" "qnext-cli" "$("$cli" --version | cut -d ' ' -f 1)"
 refused 2 "required" "$bin/qnext-bench"
 refused 2 "8-4" "$bin/qnext-bench" -m "$m" -p 8-4
 refused 1 "ctx gives 100" "$bin/qnext-bench" -m "$m" --device cpu --ctx 100
-"$bin/qnext-bench" -m "$m" --device cpu -p 8 -n 4 -d 0,64 -r 1 --ops --passes 1,2 -o jsonl --plot "$tmp/x.png" >"$tmp/json" 2>"$tmp/err"
+"$bin/qnext-bench" -m "$m" --device cpu -p 8 -n 4 -d 0,64 -r 1 --ops 1,3 --verify 2,4 -o jsonl --plot "$tmp/x.png" >"$tmp/json" 2>"$tmp/err"
 code=$?
 same "exit code of qnext-bench ($(cat "$tmp/err"))" 0 $code
 has "bench" '"test":"tg4 @ d64"' "$tmp/json"
+has "bench --verify: one token, for the ratios" '"test":"verify1 @ d64".*"time_ratio":1.0,"bytes_ratio":1.0,' "$tmp/json"
+has "bench --verify" '"test":"verify4 @ d64".*"time_ratio":[0-9].*"bytes_ratio":[1-3][.]' "$tmp/json"  # 4 tokens share weights
+refused 2 "plot" "$bin/qnext-bench" -m "$m" -p 0 -n 0 --verify 2 --plot "$tmp/x.png"
+"$bin/qnext-bench" -m "$m" -m "$tmp/none.qn" --device cpu -p 8 -n 0 -r 1 --passes 2 -o json >"$tmp/json" 2>"$tmp/err"
+same "exit code of qnext-bench when a later model fails" 1 $?
+has "bench, a later model fails" "none.qn" "$tmp/err"
+same "JSON of qnext-bench when a later model fails" "]" "$(tail -n 1 "$tmp/json")"
+"$bin/qnext-bench" -m "$m" -m "$tmp/none.qn" --device cpu -p 0 -n 4 -r 1 --passes 2 >"$tmp/out" 2>"$tmp/err"
+has "tables of qnext-bench when a later model fails" "x time / x bytes" "$tmp/out"
+"$bin/qnext-bench" -m "$m" --device cpu -p 0 -n 4,400 -r 200 -o json >"$tmp/json" 2>"$tmp/err" &
+bench=$!
+for i in $(seq 100); do grep -q tg4 "$tmp/json" && break; sleep 0.1; done
+kill -TERM $bench
+wait $bench
+same "exit code of a stopped qnext-bench ($(cat "$tmp/err"))" 143 $?
+same "JSON of a stopped qnext-bench" "]" "$(tail -n 1 "$tmp/json")"
+has "a stopped qnext-bench" "^qnext-bench: interrupted" "$tmp/err"
 cp "$m" "$tmp/own.qn" && ln -s own.qn "$tmp/own.png"
 refused 1 "own.png is read by this run" "$bin/qnext-bench" -m "$tmp/own.qn" --device cpu --plot "$tmp/own.png"
 same "a model named as the chart" "" "$(cmp "$m" "$tmp/own.qn" 2>&1)"

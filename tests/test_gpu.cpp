@@ -3,9 +3,12 @@
 
 #include <cmath>
 #include <cstring>
+#include <filesystem>
+#include <fstream>
 
 #include "cuda/cuda.h"
 #include "ggml-lite/base/safetensors.h"
+#include "ggml-lite/core/qn.h"
 #include "qnext.h"
 #include "tests/close.h"
 #include "tests/models.h"
@@ -211,6 +214,65 @@ TEST_CASE("CUDA: memory in use is what the plan said; what does not fit is refus
     FAIL("opened");
   } catch (const Error& e) {
     CHECK_MESSAGE(std::string(e.what()).find("missing") != std::string::npos, e.what());
+  }
+}
+
+TEST_CASE("CUDA: what an engine keeps for its session is taken before the next engine plans") {
+  if (no_gpu()) return;
+  const std::string path = TestModels::get().path("stories");
+  Engine e = Engine::open(path, options());
+  const Plan& p = e.plan();
+  const auto open = static_cast<double>(e.memory_use().device_used);
+  CHECK(open >= static_cast<double>(p.weights + p.kv + p.state + p.scratch));
+  const Engine second = Engine::open(path, options());
+  CHECK(second.plan().budget + p.kv + p.state + p.scratch < p.budget);
+  Session s(e);
+  CHECK(s.sync(some_tokens(10, 1165)).prefilled == 10);
+}
+
+TEST_CASE("CUDA: --verify checks what is not copied, too") {
+  if (no_gpu()) return;
+  const std::string path = TestModels::get().path("stories"), damaged = path + ".damaged";
+  const auto file = qn::QnFile::open(path);
+  for (const char* tensor : {"tokenizer", "mtp.fc", "norm"}) {
+    std::filesystem::copy_file(path, damaged, std::filesystem::copy_options::overwrite_existing);
+    std::fstream f(damaged, std::ios::in | std::ios::out | std::ios::binary);
+    f.seekp(static_cast<std::streamoff>(file.find(tensor)->offset + file.find(tensor)->bytes - 1));
+    f.put(static_cast<char>(file.data(*file.find(tensor)).back() ^ 1));
+    f.close();
+    Options o = options();
+    o.verify = Verify::Yes;
+    CHECK_THROWS_WITH_AS(Engine::open(damaged, o), doctest::Contains(tensor), Error);
+  }
+}
+
+TEST_CASE("CUDA: times of a generation are those of as many passes as tokens") {
+  if (no_gpu()) return;
+  Engine e = Engine::open(TestModels::get().path("stories"), options());
+  Session s(e);
+  s.sync(some_tokens(10, 1165));
+  GenerateParams p;
+  p.max_tokens = 12, p.stop_at_end_tokens = false;
+  const GenerateResult r = s.generate(p, {});
+  CHECK(s.timings().decode_tokens == 12);
+  CHECK(s.timings().decode_seconds > 0);
+  CHECK(s.timings().decode_seconds <= r.seconds);
+}
+
+TEST_CASE("CUDA: two GPUs in one process, in turn") {
+  if (qn::list_cuda_devices().size() < 2) {
+    MESSAGE("SKIPPED: no GPU beside the first");
+    return;
+  }
+  const std::string path = TestModels::get().path("stories", DType::INT4);
+  Engine a = Engine::open(path, options("bf16", "cuda:0")), b = Engine::open(path, options("bf16", "cuda:1"));
+  Session x(a), y(b);
+  const Ids tokens = some_tokens(40, 1165);
+  x.sync(tokens), y.sync(tokens);
+  for (int i = 0; i < 20; i++) {
+    CHECK(worst(x.logits(), y.logits()) == 0);
+    const int32_t next = qn::argmax(x.logits());
+    x.step(next), y.step(next);
   }
 }
 

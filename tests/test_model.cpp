@@ -4,8 +4,12 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <map>
+#include <set>
 
 #include "ggml-lite/base/safetensors.h"
+#include "ggml-lite/core/blocks.h"
+#include "ggml-lite/core/qn.h"
 #include "qnext.h"
 #include "tests/close.h"
 #include "tests/models.h"
@@ -348,6 +352,55 @@ TEST_CASE("the multi-token-prediction layer's cache goes back with the rest, wha
   CHECK(s.state_hash() == before);
   fresh.sync(prompt);
   CHECK(fresh.state_hash() == before);
+}
+
+TEST_CASE("a measured pass moves each chosen expert once, and leaves the session as it was") {
+  const std::string path = TestModels::get().path("stories", DType::INT4);
+  Engine e = Engine::open(path, options("cpu", "int8"));
+  const qn::QnFile file = qn::QnFile::open(path);
+  const ModelInfo& m = e.info();
+  const Ids text = e.tokenize("Once upon a time there was a small bear called Tim. He had a red drum.", false);
+  Session s(e);
+  for (const int at : {0, 9}) {
+    if (at) s.sync(std::span(text).first(static_cast<size_t>(at)));
+    const uint64_t before = s.state_hash();
+    uint64_t plain = 0;  // of a pass over one token, without its experts
+    for (const int rows : {1, 4, 9}) {
+      std::map<int, std::set<float>> chosen;  // by layer
+      e.trace([&](int layer, std::string_view name, std::span<const float> ids, int, int) {
+        if (name == "experts") chosen[layer].insert(ids.begin(), ids.end());
+      });
+      const auto more = std::span(text).subspan(static_cast<size_t>(at), static_cast<size_t>(rows));
+      const PassTime t = s.pass(more);
+      e.trace({});
+      CHECK(t.seconds > 0);
+      CHECK(s.position() == at);
+      CHECK(s.state_hash() == before);
+      uint64_t experts = 0, distinct = 0;
+      for (const auto& [layer, ids] : chosen) {
+        const qn::Experts x = file.experts("layers." + std::to_string(layer) + ".moe.experts", m.experts, m.width, m.expert_width);
+        const qn::Tensor up = x.gate_up(0), down = x.down(0);
+        distinct += ids.size();
+        experts += ids.size() * static_cast<uint64_t>(qn::weight_bytes(up.dtype, up.rows(), up.cols(), up.group) + qn::weight_bytes(down.dtype, down.rows(), down.cols(), down.group));
+      }
+      CHECK(chosen.size() == static_cast<size_t>(m.layers));
+      const auto most = static_cast<uint64_t>(m.layers * m.chosen);
+      if (rows == 1) CHECK(distinct == most);
+      else CHECK((distinct > most && distinct < most * static_cast<uint64_t>(rows)));
+      // a token more: a row of the embedding, and a position of the cache
+      const uint64_t row = static_cast<uint64_t>(m.width) * 2, position = 2ull * 2 * static_cast<uint64_t>(m.kv_heads * m.head_dim) * 2;
+      if (rows == 1) plain = t.bytes - experts;
+      CHECK(t.bytes == plain + experts + static_cast<uint64_t>(rows - 1) * (row + position));
+      if (rows == 1) CHECK(s.bytes_per_token() == t.bytes);
+      uint64_t sum = 0, moe = 0;
+      for (const OpTime& op : s.profile(more)) sum += op.bytes, moe += op.name.starts_with("moe_") ? op.bytes : 0;
+      CHECK(s.state_hash() == before);
+      CHECK(moe > 0);
+      if (rows == 1) CHECK(sum == t.bytes);
+    }
+  }
+  CHECK_THROWS_AS(s.pass({}), Error);
+  CHECK_THROWS_AS(s.pass(Ids{-1}), Error);
 }
 
 TEST_CASE("what does not fit or is wrong is refused with one line") {

@@ -97,8 +97,16 @@ void check_disjoint(const char* op, std::initializer_list<Named> outs, std::init
 static uint64_t stored(const Tensor& w) {
   return w ? static_cast<uint64_t>(weight_bytes(w.dtype, w.rows(), w.cols(), w.group)) : 0;
 }
-static uint64_t stored(const Tensor& w, int64_t t, int64_t chosen, const Experts& e) {  // w: a matrix of one expert
-  return stored(w) * static_cast<uint64_t>(std::min<int64_t>(t * chosen, e.count));
+
+// How many experts an operation has to read: those among `ids` (T, K), or as many as there could be (see count_experts)
+int64_t Device::experts_read(const Tensor& ids, const Experts& experts) {
+  if (!count_experts_ || ids.rows() == 1) return std::min<int64_t>(ids.rows() * ids.cols(), experts.count);
+  QN_CHECK(ids.row_stride == ids.cols(), "counting experts: rows of ids are %lld apart, %lld wide", static_cast<long long>(ids.row_stride),
+           static_cast<long long>(ids.cols()));
+  std::vector<int32_t> host(static_cast<size_t>(ids.rows() * ids.cols()));
+  download(host.data(), ids.data, host.size() * sizeof(int32_t));
+  std::ranges::sort(host);
+  return std::ranges::unique(host).begin() - host.begin();
 }
 
 const char* name(Op op) {
@@ -248,7 +256,8 @@ void Device::moe_gate_up(const MoeGateUpArgs& a) {
   check_act(op, "inner", a.inner, t * k, f);
   QN_CHECK(f % 8 == 0, "%s: expert width %lld must be a multiple of 8", op, static_cast<long long>(f));
   check_disjoint(op, {{"ids", a.ids}, {"weights", a.weights}, {"inner", a.inner}}, {{"x", a.x}, {"logits", a.logits}});
-  if (begin(Op::MoeGateUp, stored(a.experts.gate_up(0), t, k, a.experts))) do_moe_gate_up(a);
+  if (begin(Op::MoeGateUp, 0)) do_moe_gate_up(a);
+  traffic_[static_cast<int>(Op::MoeGateUp)].bytes += stored(a.experts.gate_up(0)) * static_cast<uint64_t>(experts_read(a.ids, a.experts));
 }
 
 void Device::moe_down(const MoeDownArgs& a) {
@@ -264,7 +273,7 @@ void Device::moe_down(const MoeDownArgs& a) {
   check_weight(op, "shared_down", a.shared_down, d, fs);
   check_disjoint(op, {{"h", a.h}},
                  {{"ids", a.ids}, {"weights", a.weights}, {"inner", a.inner}, {"shared", a.shared}, {"shared_scale", a.shared_scale}});
-  if (begin(Op::MoeDown, stored(a.experts.down(0), t, k, a.experts) + stored(a.shared_down))) do_moe_down(a);
+  if (begin(Op::MoeDown, stored(a.shared_down) + stored(a.experts.down(0)) * static_cast<uint64_t>(experts_read(a.ids, a.experts)))) do_moe_down(a);
 }
 
 void Device::concat_matmul(const ConcatMatmulArgs& a) {

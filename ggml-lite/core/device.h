@@ -265,17 +265,21 @@ class Device {
   // ---- measuring
   // Operations outside the mask do nothing: to time the ones inside alone. Recordings made under one mask replay only under it.
   void select(uint32_t mask) { selected_ = mask; }
-  // What operations asked for so far, whether selected or not: calls, and the bytes they had to move at the least: weights and
-  // recurrent state; no activations, and not the KV cache, whose length only the device knows. Of experts as many as T tokens can
-  // choose. Replays do not count.
+  uint32_t selected() const { return selected_; }
+  // What operations asked for so far, whether selected or not: calls, and the bytes they had to move: weights and recurrent state;
+  // no activations, and not the KV cache, whose length only the device knows. Of experts each that was chosen, once; that is known
+  // of one token, of several only while count_experts() is on: otherwise as many as T tokens can choose. Replays do not count.
   struct Traffic {
     int calls = 0;
     uint64_t bytes = 0;
   };
   Traffic traffic(Op op) const { return traffic_[static_cast<int>(op)]; }
+  // On: the ids that expert operations use are fetched and counted, which waits for the device; not while recording.
+  void count_experts(bool on) { count_experts_ = on; }
   void forget_traffic() { std::fill(std::begin(traffic_), std::end(traffic_), Traffic{}); }
-  // Bytes per second of a plain read of the memory that weights are in; takes a fraction of a second.
-  virtual double read_bandwidth() { return 0; }
+  // Bytes per second of a plain read of the memory that weights are in; takes a fraction of a second, and `most` bytes of memory.
+  // 0: not measured, or that is too little to tell memory from caches.
+  virtual double read_bandwidth(uint64_t most) { return (void)most, 0; }
 
   // ---- operations
   void embed(const EmbedArgs&);
@@ -305,8 +309,10 @@ class Device {
   virtual void do_concat_matmul(const ConcatMatmulArgs&) = 0;
   virtual void do_sample(const SampleArgs&) {}
   bool begin(Op op, uint64_t bytes);  // counts; whether the operation is selected
+  int64_t experts_read(const Tensor& ids, const Experts& experts);
 
   uint32_t selected_ = ~0u;
+  bool count_experts_ = false;
   Traffic traffic_[kOps];
 };
 

@@ -22,8 +22,8 @@ std::unique_ptr<Device> make_cpu_device(int threads, Isa isa) {
 
 double cpu_read_bandwidth(int threads, uint64_t most) {
   const cpu::Kernels* kernels = cpu::kernels_of(Isa::Auto);
-  const uint64_t least = uint64_t{64} << 20;
-  const int64_t bytes = static_cast<int64_t>(std::min(std::max(available_ram() / 4, least), most)) / 4096 * 4096;
+  const auto bytes = static_cast<int64_t>(std::min({available_ram() / 4, uint64_t{1} << 30, most}) / 4096 * 4096);
+  if (bytes < static_cast<int64_t>(kLeastRead)) return 0;
   Arena arena(bytes);
   Threads pool(threads);
   auto part = [&](int t) {

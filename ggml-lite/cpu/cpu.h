@@ -14,7 +14,8 @@ std::unique_ptr<Device> make_cpu_device(int threads, Isa isa = Isa::Auto);
 bool isa_available(Isa isa);
 
 // Bytes per second that `threads` threads read from memory (sum over a buffer larger than every cache, best of a few runs).
-// The buffer takes `most` bytes, less on machines with little memory.
+// The buffer takes at most `most` bytes, and a quarter of what may be used; 0 when that is less than kLeastRead, which caches might hold.
+constexpr uint64_t kLeastRead = uint64_t{64} << 20;
 double cpu_read_bandwidth(int threads, uint64_t most = uint64_t{1} << 30);
 
 }  // namespace qn

@@ -52,7 +52,7 @@ class CpuDevice final : public Device {
   void zero(void* to, size_t n) override;
   uint64_t scratch_bytes(const OpLimits& limits) const override;
   void reserve(const OpLimits& limits) override;
-  double read_bandwidth() override { return cpu_read_bandwidth(threads_.size()); }
+  double read_bandwidth(uint64_t most) override { return cpu_read_bandwidth(threads_.size(), most); }
 
  private:
   void* do_alloc(size_t bytes, const char* what) override;

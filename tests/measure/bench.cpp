@@ -1,11 +1,12 @@
 // qnext-bench: how fast a model file runs on this machine, and how near that is to what the machine could do.
 //   -p prompts, -n generated tokens, -pg both, at -d tokens of context   as llama-bench
 //   --ops      each operation of a pass timed alone against the bytes it has to move
-//   --passes   a pass over several tokens at once, as checking a draft takes
-// Only the report goes to stdout. Exit codes: 0, 1 bad input, 2 bad usage.
+//   --verify   a pass over several tokens at once, as checking a draft takes
+// Only the report goes to stdout. Exit codes: 0, 1 bad input, 2 bad usage, 128 + signal; what was measured before is reported all the same.
 #include <unistd.h>
 
 #include <algorithm>
+#include <atomic>
 #include <charconv>
 #include <chrono>
 #include <cmath>
@@ -35,12 +36,22 @@ namespace {
 
 double now() { return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count(); }
 
+std::atomic<int> signalled;       // which signal asked for the end
+std::atomic<bool> interrupted;    // the same for the engine
+std::atomic<bool> measured_some;  // there is something to report
+static_assert(std::atomic<int>::is_always_lock_free && std::atomic<bool>::is_always_lock_free);
+
+struct Interrupted {};
+void check_interrupt() {
+  if (interrupted) throw Interrupted();
+}
+
 // ---- options ----------------------------------------------------------------------------------------------------------
 
 struct Args {
   Options options;
   std::vector<std::string> models;
-  std::vector<int> prompts, gens, depths, passes, ops;
+  std::vector<int> prompts, gens, depths, verify, ops;
   std::vector<std::pair<int, int>> both;
   int repetitions = 5;
   double bandwidth = 0;  // bytes/s
@@ -92,7 +103,7 @@ std::vector<int> parse_list(const std::vector<std::string>& given, const char* o
 
 // Throws CLI::ParseError or Error: bad usage.
 void parse_args(CLI::App& app, Args& a, int argc, char** argv) {
-  std::vector<std::string> prompts, gens, both, depths, passes, ops;
+  std::vector<std::string> prompts, gens, both, depths, verify, ops;
   double bandwidth = 0;
   app.get_formatter()->column_width(32);
   app.footer("Lists: 1,2,3 or ranges first-last, first-last+step, first-last*factor; 0 leaves a kind of test out.\n"
@@ -113,7 +124,7 @@ void parse_args(CLI::App& app, Args& a, int argc, char** argv) {
   app.add_option("-f,--file", a.text, "prompts from this text, repeated as needed (default: random tokens)")->type_name("FILE");
   list("--ops", ops, "time each operation of a pass over N tokens alone (default 1)")->type_name("[LIST]")->expected(0, 1)
       ->default_str("1");
-  list("--passes", passes, "time a pass over N tokens at once, as checking a draft takes");
+  list("--verify,--passes", verify, "time a pass over N tokens at once, as checking a draft takes, against one over 1");
   app.add_option("--bandwidth", bandwidth, "what this memory is known to read: % of roofline is of that, unless more is measured")
       ->type_name("GB/s")->check(CLI::NonNegativeNumber);
   app.add_option("-o,--output", a.format, "md, csv, json, jsonl or sql (default md)")->type_name("FORMAT")
@@ -121,6 +132,7 @@ void parse_args(CLI::App& app, Args& a, int argc, char** argv) {
   app.add_option("--plot", a.plot, "draw prefill and decode speed")->type_name("FILE.png");
   app.add_flag("-v,--verbose", a.verbose, "progress on stderr");
   for (const OptionRow& row : options_table()) {
+    if (!std::strcmp(row.flags, "--verify")) continue;  // of checksums; the name has another meaning here
     if (*row.value)
       app.add_option_function<std::string>(row.flags, [&a, &row](const std::string& v) { row.set(a.options, v); }, row.help)
           ->type_name(row.value)->group("Engine");
@@ -135,7 +147,9 @@ void parse_args(CLI::App& app, Args& a, int argc, char** argv) {
     return from.empty() ? otherwise : parse_list(from, option);
   };
   a.prompts = given(prompts, "-p", {512}), a.gens = given(gens, "-n", {128}), a.depths = given(depths, "-d", {0});
-  a.passes = given(passes, "--passes", {}), a.ops = given(ops, "--ops", {});
+  a.verify = given(verify, "--verify", {}), a.ops = given(ops, "--ops", {});
+  std::erase(a.verify, 0);
+  if (!a.verify.empty()) std::erase(a.verify, 1), a.verify.insert(a.verify.begin(), 1);  // what the others are held against
   for (const std::string& s : both) {
     const auto parts = split(s, ',');
     if (parts.size() != 2 || parse_count(parts[0], "-pg") < 1 || parse_count(parts[1], "-pg") < 1)
@@ -143,6 +157,8 @@ void parse_args(CLI::App& app, Args& a, int argc, char** argv) {
     a.both.emplace_back(parse_count(parts[0], "-pg"), parse_count(parts[1], "-pg"));
   }
   a.bandwidth = bandwidth * 1e9;
+  const auto none = [](const std::vector<int>& list) { return std::ranges::count(list, 0) == std::ssize(list); };
+  if (!a.plot.empty() && none(a.prompts) && none(a.gens)) qn::fail("--plot: draws the speed of -p and -n, and both are left out; use one of them");
 }
 
 // ---- what is measured -------------------------------------------------------------------------------------------------
@@ -189,6 +205,12 @@ struct Run {
   uint64_t measured_in = 0;  // resident set while bandwidth was measured, if that raised it
   std::vector<Result> results;
 
+  const Result* one_token(const Result& r) const {  // the pass that a pass is held against
+    const auto at = std::ranges::find_if(results, [&](const Result& o) { return o.kind == Result::Pass && o.rows == 1 && o.depth == r.depth; });
+    return r.kind == Result::Pass && at != results.end() ? &*at : nullptr;
+  }
+  double time_ratio(const Result& r) const { return one_token(r) ? statistic(r.seconds).mean / statistic(one_token(r)->seconds).mean : NAN; }
+  double bytes_ratio(const Result& r) const { return one_token(r) ? r.bytes / one_token(r)->bytes : NAN; }
   double roof_percent(const Result& r) const { return 100 * r.moved_per_second() / roof; }
   uint64_t planned() const { return plan.weights + plan.kv + plan.state + plan.scratch; }
 };
@@ -221,6 +243,7 @@ class Bench {
       : engine_(engine), args_(args), run_(run), text_(text), session_(engine) {
     for (int32_t id = 0; text.empty() && id < engine.info().vocab; id++)  // special tokens would mark turns, and cut passes
       if (!engine.has_tokenizer() || (engine.shown(id) && !engine.token_bytes(id).empty())) ids_.push_back(id);
+    run.memory = engine.memory_use();
     if (text.empty() && ids_.empty()) qn::fail("%s: the tokenizer has no tokens to make a prompt of", run.path.c_str());
   }
 
@@ -228,6 +251,7 @@ class Bench {
     const auto done = [&](Result r) {
       run_.memory.device_used = std::max(run_.memory.device_used, engine_.memory_use().device_used);
       run_.results.push_back(std::move(r));
+      measured_some = true;
       emit(run_.results.back());
     };
     for (int depth : args_.depths) {
@@ -236,8 +260,7 @@ class Bench {
       for (int n : args_.gens)
         if (n) done(generate(n, depth));
       for (const auto& [p, n] : args_.both) done(prompt(p, n, depth));
-      for (int rows : args_.passes)
-        if (rows) done(pass(rows, depth));
+      for (int rows : args_.verify) done(pass(rows, depth));
       for (int rows : args_.ops)
         if (rows)
           for (Result& r : operations(rows, depth)) done(std::move(r));
@@ -247,13 +270,19 @@ class Bench {
  private:
   // The session at `position`: by going back to the checkpoint there, or once anew. Nothing is left to do for the device.
   void go_to(int position) {
+    check_interrupt();
     if (position == 0 || base_ != position || session_.rewind(position) != position) {
       session_.clear();
       if (position > 1 && text_.empty()) session_.pretend(position, 1);
-      else if (position > 0) session_.sync(following(position, 0));
+      else if (position > 0) sync(following(position, 0));
       base_ = position;
     }
     session_.logits();
+  }
+
+  void sync(const std::vector<int32_t>& tokens) {
+    session_.sync(tokens, {}, &interrupted);
+    check_interrupt();
   }
 
   // The timeline of the session and `count` tokens more: others for every `turn`, but the same in every run.
@@ -270,12 +299,13 @@ class Bench {
   // Generates n tokens as a user gets them and waits for the pass over the last; returns when the first one came.
   double tokens_out(int n) {
     GenerateParams p;
-    p.max_tokens = n, p.stop_at_end_tokens = false;
+    p.max_tokens = n, p.stop_at_end_tokens = false, p.interrupt = &interrupted;
     double first = 0;
     const GenerateResult r = session_.generate(p, [&](const Delivery&) {
       if (first == 0) first = now();
       return true;
     });
+    check_interrupt();
     if (static_cast<int>(r.ids.size()) != n) qn::fail("%s: generated %zu tokens, expected %d", run_.path.c_str(), r.ids.size(), n);
     session_.logits();
     return first;
@@ -300,7 +330,7 @@ class Bench {
       const std::vector<int32_t> tokens = following(p, turn);
       const bool room = static_cast<int>(tokens.size()) < session_.context();
       const double start = now();
-      session_.sync(tokens);
+      sync(tokens);
       const double synced = now();
       const double first = room ? tokens_out(std::max(n, 1)) : NAN, end = n ? now() : synced;
       if (!turn) continue;
@@ -315,28 +345,25 @@ class Bench {
     r.gen = n;
     for (int turn = first_turn(); turn <= args_.repetitions; turn++) {
       go_to(std::max(depth, 1));
-      const auto before = static_cast<double>(session_.bytes_per_pass(1));
+      const auto before = static_cast<double>(session_.bytes_per_token());
       const double start = now();
       tokens_out(turn ? n : std::min(n, 32));
       if (!turn) continue;
       r.seconds.push_back(now() - start);
-      r.bytes = (before + static_cast<double>(session_.bytes_per_pass(1))) / 2;  // the cache grows evenly in between
+      r.bytes = (before + static_cast<double>(session_.bytes_per_token())) / 2;  // the cache grows evenly in between
     }
     return r;
   }
 
   Result pass(int rows, int depth) {
-    Result r = begin("pass" + std::to_string(rows), depth, Result::Pass);
-    r.rows = rows;
-    for (int turn = first_turn(); turn <= args_.repetitions; turn++) {
+    Result r = begin("verify" + std::to_string(rows), depth, Result::Pass);
+    r.rows = rows, r.bytes = 0;
+    for (int turn = 1; turn <= args_.repetitions; turn++) {
       go_to(depth);
       const std::vector<int32_t> tokens = following(rows, turn);
-      const double start = now();
-      session_.sync(tokens);
-      if (turn) r.seconds.push_back(now() - start);
+      const PassTime t = session_.pass(std::span(tokens).last(static_cast<size_t>(rows)));
+      r.seconds.push_back(t.seconds), r.bytes += static_cast<double>(t.bytes) / args_.repetitions;
     }
-    go_to(std::max(depth, 1));
-    r.bytes = static_cast<double>(session_.bytes_per_pass(rows));
     return r;
   }
 
@@ -344,7 +371,8 @@ class Bench {
     const Result proto = begin("operations of " + std::to_string(rows), depth, Result::Operation);
     std::vector<Result> out;
     go_to(std::max(depth, 1));
-    for (const OpTime& op : session_.profile(rows)) {
+    const std::vector<int32_t> tokens = following(rows, 1);
+    for (const OpTime& op : session_.profile(std::span(tokens).last(static_cast<size_t>(rows)))) {
       Result r = proto;
       r.name = op.name, r.rows = rows, r.calls = op.calls;
       r.seconds = {op.seconds}, r.bytes = static_cast<double>(op.bytes);
@@ -394,6 +422,7 @@ std::vector<Field> fields(const Run& run, const Result& r) {
       {"avg_ts", "REAL", number(ts.mean)}, {"stddev_ts", "REAL", number(std::isfinite(ts.mean) ? ts.sd : NAN)},
       {"avg_us_per_token", "REAL", number(decode ? 1e6 * ns.mean / r.gen : NAN)},
       {"bytes_moved", "INTEGER", whole(r.bytes)}, {"gb_per_second", "REAL", number(r.moved_per_second() / 1e9)},
+      {"time_ratio", "REAL", number(run.time_ratio(r))}, {"bytes_ratio", "REAL", number(run.bytes_ratio(r))},
       {"roofline_gb_per_second", "REAL", number(run.roof / 1e9)}, {"roofline_percent", "REAL", number(run.roof_percent(r))},
       {"tflop_per_second", "REAL", number(r.flops / ns.mean / 1e12)},
       {"avg_ttft_ns", "INTEGER", whole(1e9 * ttft.mean)}, {"stddev_ttft_ns", "INTEGER", whole(r.ttft.empty() ? NAN : 1e9 * ttft.sd)},
@@ -464,22 +493,19 @@ void test_row(const std::vector<Column>& columns, const Run& run, const Result& 
                       fixed(1e3 * statistic(r.ttft).mean, 1)});
 }
 
-// Times relative to the smallest pass at the same depth (that over one token, when asked for).
+// A pass over N tokens is as good as its bytes when the last column is 1.
 void pass_table(const Run& run, int depth) {
-  const Result* base = nullptr;
-  for (const Result& r : run.results)
-    if (r.kind == Result::Pass && r.depth == depth && (!base || r.rows < base->rows)) base = &r;
-  if (!base) return;
-  std::cout << '\n' << run.label << ": passes over several tokens at once, depth " << depth << "\n\n";
-  const std::vector<Column> columns = {{"tokens", 6}, {"ms", 17}, {"x time", 6}, {"GB", 8}, {"x bytes", 7}, {"GB/s", 7}, {"% roof", 6},
-                                       {"t/s", 10}};
+  if (std::ranges::none_of(run.results, [&](const Result& r) { return r.kind == Result::Pass && r.depth == depth; })) return;
+  std::cout << '\n' << run.label << ": passes over several tokens at once (verify), depth " << depth << "\n\n";
+  const std::vector<Column> columns = {{"tokens", 6}, {"ms", 17}, {"GB", 8}, {"GB/s", 7}, {"% roof", 6}, {"t/s", 10}, {"x time", 7}, {"x bytes", 7},
+                                       {"x time / x bytes", 16}};
   table_head(columns);
   for (const Result& r : run.results)
     if (r.kind == Result::Pass && r.depth == depth) {
       const Statistic s = statistic(r.seconds);
-      table_row(columns, {std::to_string(r.rows), fixed(1e3 * s.mean, 3) + " ± " + fixed(1e3 * s.sd, 3),
-                          fixed(s.mean / statistic(base->seconds).mean, 2), fixed(r.bytes / 1e9, 3), fixed(r.bytes / base->bytes, 2),
-                          fixed(r.moved_per_second() / 1e9, 1), fixed(run.roof_percent(r), 1), fixed(r.speed().mean, 1)});
+      table_row(columns, {std::to_string(r.rows), fixed(1e3 * s.mean, 3) + " ± " + fixed(1e3 * s.sd, 3), fixed(r.bytes / 1e9, 3),
+                          fixed(r.moved_per_second() / 1e9, 1), fixed(run.roof_percent(r), 1), fixed(r.speed().mean, 1), fixed(run.time_ratio(r), 3),
+                          fixed(run.bytes_ratio(r), 3), fixed(run.time_ratio(r) / run.bytes_ratio(r), 3)});
     }
 }
 
@@ -526,7 +552,7 @@ void notes(const Run& run) {
                       l.read / all, l.check / all, l.wait / all);
   }
   line("load", load + qn::format("; ready after %.2f s", run.open_seconds));
-  line("bandwidth", (run.measured > 0 ? qn::format("%.1f GB/s measured by a plain read", run.measured / 1e9) : "not measured on this device") +
+  line("bandwidth", (run.measured > 0 ? qn::format("%.1f GB/s measured by a plain read", run.measured / 1e9) : "not measured: not on this device, or no memory to spare for it") +
                         (run.roof > 0 ? qn::format("; %% roof is of %.1f GB/s", run.roof / 1e9) : ""));
   line("memory", qn::format("planned %s: weights %s, cache %s, state %s, scratch %s", gib(run.planned()).c_str(), gib(p.weights).c_str(),
                             gib(p.kv).c_str(), gib(p.state).c_str(), gib(p.scratch).c_str()));
@@ -566,7 +592,9 @@ class Output {
     std::cout << (sql ? "INSERT INTO qnext_bench (" + names + ") VALUES (" + values + ");" : values) << std::endl;
   }
 
-  void end(const std::vector<Run>& runs, const Args& a) const {
+  // `whole`: nothing went wrong; else nothing is said when nothing was measured.
+  void end(const std::vector<Run>& runs, const Args& a, bool whole) const {
+    if (!whole && !count_) return;
     if (format_ == "json") std::cout << (count_ ? "\n]\n" : "[]\n");
     if (format_ == "md")
       for (const Run& run : runs) {
@@ -590,6 +618,7 @@ std::vector<plot::Panel> panels(const std::vector<Run>& runs, const Args& a) {
   const std::set<int> sizes(a.prompts.begin(), a.prompts.end()), gens(a.gens.begin(), a.gens.end());
   const std::set<int> depths(a.depths.begin(), a.depths.end());
   const bool over_depth = sizes.size() == 1 && depths.size() > 1;
+  if (runs.empty()) return {};
   const bool one_device = std::ranges::all_of(runs, [&](const Run& r) { return r.plan.device == runs[0].plan.device; });
   const std::string where = one_device ? ", " + runs[0].plan.device : "";
   std::vector<plot::Panel> out = {{(over_depth ? "prefill of " + std::to_string(*sizes.begin()) : "prefill") + where,
@@ -626,9 +655,8 @@ std::vector<plot::Panel> panels(const std::vector<Run>& runs, const Args& a) {
 // Positions that the tests need; what generates at depth 0 has one token before it.
 int positions(const Args& a) {
   int read = 1, made = 0;
-  for (const auto* list : {&a.prompts, &a.passes})
-    for (int v : *list) read = std::max(read, v);
-  for (const auto* list : {&a.gens, &a.ops})
+  for (int v : a.prompts) read = std::max(read, v);
+  for (const auto* list : {&a.gens, &a.verify, &a.ops})
     for (int v : *list) made = std::max(made, v);
   for (const auto& [p, n] : a.both) read = std::max(read, p + n);
   const int depth = *std::ranges::max_element(a.depths);
@@ -650,9 +678,13 @@ void run_model(const std::string& path, const Args& a, std::vector<Run>& runs, O
                a.options.ctx ? qn::format("--ctx gives %d", options.ctx).c_str() : qn::format("the model was made for %d", most).c_str());
   }
   const double start = now();
-  Engine engine = Engine::open(path, options, a.verbose ? qn::progress_bars("B") : qn::Progress());
+  check_interrupt();
+  Engine engine = Engine::open(path, options, [bars = a.verbose ? qn::progress_bars("B") : qn::Progress()](std::string_view what, uint64_t done, uint64_t all) {
+    check_interrupt();  // of what came before; loading alone is simply ended
+    if (bars) bars(what, done, all);
+  });
   run.open_seconds = now() - start;
-  run.info = engine.info(), run.plan = engine.plan(), run.load = engine.load_report(), run.memory = engine.memory_use();
+  run.info = engine.info(), run.plan = engine.plan(), run.load = engine.load_report();
   run.label = (run.info.name.empty() ? path : run.info.name) + " " + run.info.experts_format + "/" + run.info.rest_format;
   run.threads = options.threads ? options.threads : qn::default_threads();
   const uint64_t before = qn::peak_rss();
@@ -661,10 +693,10 @@ void run_model(const std::string& path, const Args& a, std::vector<Run>& runs, O
   else if (runs.size() > 1) run.measured_in = runs[runs.size() - 2].measured_in;
   run.roof = std::max(run.measured, a.bandwidth);
   const int most_rows = std::min(run.plan.ubatch, run.plan.ctx);
-  for (const auto* list : {&a.passes, &a.ops})
+  for (const auto* list : {&a.verify, &a.ops})
     for (int rows : *list)
       if (rows > most_rows)
-        qn::fail("--passes and --ops: a pass takes at most %d tokens here, got %d; use a larger --ubatch", most_rows, rows);
+        qn::fail("--verify and --ops: a pass takes at most %d tokens here, got %d; use a larger --ubatch", most_rows, rows);
   std::vector<int32_t> text;
   if (!a.text.empty()) {
     if (!engine.has_tokenizer())
@@ -694,17 +726,30 @@ int run(const Args& a) {
   std::vector<Run> runs;
   runs.reserve(a.models.size());
   Output output(a.format);
-  for (const std::string& path : a.models) run_model(path, a, runs, output);
-  output.end(runs, a);
-  if (!picture) return 0;
-  const std::vector<plot::Panel> p = panels(runs, a);
-  if (p.empty()) qn::fail("--plot: no prompt and no generation alone was measured, so there is nothing to draw; use -p or -n");
-  picture->write(0, plot::png(plot::draw(p)));
-  picture->commit();
+  const auto report = [&](bool whole) {
+    if (!whole) std::erase_if(runs, [](const Run& r) { return r.results.empty(); });
+    output.end(runs, a, whole);
+    const std::vector<plot::Panel> p = panels(runs, a);
+    if (!picture || p.empty()) return;
+    picture->write(0, plot::png(plot::draw(p)));
+    picture->commit();
+  };
+  try {
+    for (const std::string& path : a.models) run_model(path, a, runs, output);
+  } catch (...) {  // hours of measuring may lie before it
+    report(false);
+    throw;
+  }
+  report(true);
   return 0;
 }
 
+// The first asks, when there is something to report; a second one, or one before there is, ends at once.
 void stop(int signal) {
+  if (measured_some && !signalled.exchange(signal)) {
+    interrupted = true;
+    return;
+  }
   qn::remove_unfinished_files();
   _exit(128 + signal);
 }
@@ -726,6 +771,9 @@ int main(int argc, char** argv) {
     if (std::signal(s, stop) == SIG_IGN) std::signal(s, SIG_IGN);
   try {
     return run(args);
+  } catch (const Interrupted&) {
+    std::cerr << "qnext-bench: interrupted; the report holds what was measured before\n";
+    return 128 + signalled;
   } catch (const std::exception& e) {
     std::cerr << "qnext-bench: " << qn::format("%s", e.what()) << '\n';
     return 1;

@@ -1,0 +1,33 @@
+// What a pass over a model takes and moves: the whole of it, or each kind of operation alone.
+#pragma once
+#include <functional>
+#include <string>
+#include <vector>
+
+#include "ggml-lite/core/device.h"
+
+namespace qn {
+
+// One kind of operation in a pass, all its calls together.
+struct OpTime {
+  std::string name;
+  int calls;
+  double seconds;
+  uint64_t bytes;  // that it has to move
+};
+struct PassTime {
+  double seconds;  // from launch to end: of the recording, where such passes are recorded; restoring the state is not in it
+  uint64_t bytes;
+};
+
+struct Pass {
+  std::function<void()> prepare;          // brings back the state before the pass, and what it reads
+  std::function<void(bool record)> run;   // the operations; through Device::recorded() if `record` and it is short enough
+};
+
+// Bytes as Device::Traffic counts them, of experts those really chosen.
+PassTime time_pass(Device& device, const Pass& pass);
+std::vector<OpTime> time_operations(Device& device, const Pass& pass);
+uint64_t bytes_asked(Device& device, const Pass& pass);  // without running anything: for a pass over one token
+
+}  // namespace qn
