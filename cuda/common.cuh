@@ -77,6 +77,80 @@ __device__ __forceinline__ void copy_weights_async16(void* shared, const void* g
 }
 __device__ __forceinline__ void prefetch_l2(const void* p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(p)); }
 
+// ---- copies that arrive at a barrier ------------------------------------------------------------------------------------
+//
+// A warp fills a buffer in shared memory, others wait for it:
+//
+// From sm_90 on a lane copies any multiple of 16 bytes with one instruction, past the registers and the units that other loads and
+// stores go through: a kernel that fetches weights does not hold up what else runs on its multiprocessor. Before, lanes copy 16 bytes each.
+using Barrier = uint64_t;
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+constexpr uint32_t kFillArrivals = 32;
+#else
+constexpr uint32_t kFillArrivals = 1;
+#endif
+__device__ __forceinline__ uint32_t shared_address(const void* p) { return static_cast<uint32_t>(__cvta_generic_to_shared(p)); }
+__device__ __forceinline__ void init_barrier(Barrier* b, uint32_t arrivals) {
+  asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(shared_address(b)), "r"(arrivals) : "memory");
+}
+// By the thread that has initialised barriers or zeroed buffers, before others copy
+__device__ __forceinline__ void publish_barriers() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+#endif
+}
+__device__ __forceinline__ void arrive(Barrier* b) {
+  asm volatile("{\n.reg .b64 t;\nmbarrier.arrive.shared.b64 t, [%0];\n}" ::"r"(shared_address(b)) : "memory");
+}
+// Until the phase of this parity has ended; the phase before the first counts as one of parity 1.
+__device__ __forceinline__ void wait_barrier(const Barrier* b, uint32_t parity) {
+  uint32_t done = 0;
+  while (!done)
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+    asm volatile("{\n.reg .pred p;\nmbarrier.try_wait.parity.shared.b64 p, [%1], %2;\nselp.u32 %0, 1, 0, p;\n}"
+#else
+    asm volatile("{\n.reg .pred p;\nmbarrier.test_wait.parity.shared.b64 p, [%1], %2;\nselp.u32 %0, 1, 0, p;\n}"
+#endif
+                 : "=r"(done)
+                 : "r"(shared_address(b)), "r"(parity)
+                 : "memory");
+}
+struct Piece {  // both ends aligned to 16, bytes a multiple of 16
+  uint8_t* to;
+  const uint8_t* from;
+  uint32_t bytes;
+};
+// piece(i): the i-th of n pieces, at most 32. By a whole warp.
+template <class F>
+__device__ __forceinline__ void fill(Barrier* full, int n, F piece) {
+  const int lane = static_cast<int>(threadIdx.x) % 32;
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  const Piece p = lane < n ? piece(lane) : Piece{nullptr, nullptr, 0};
+  const uint32_t all = __reduce_add_sync(0xffffffffu, p.bytes);
+  if (lane == 0) asm volatile("{\n.reg .b64 t;\nmbarrier.arrive.expect_tx.shared.b64 t, [%0], %1;\n}" ::"r"(shared_address(full)), "r"(all) : "memory");
+  __syncwarp();
+  if (p.bytes)
+    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(shared_address(p.to)), "l"(p.from),
+                 "r"(p.bytes), "r"(shared_address(full))
+                 : "memory");
+#else
+#pragma unroll 1
+  for (int i = 0; i < n; i++) {
+    const Piece p = piece(i);
+#pragma unroll 4
+    for (uint32_t at = lane * 16; at < p.bytes; at += 512) copy_async16(p.to + at, p.from + at);
+  }
+  asm volatile("cp.async.mbarrier.arrive.noinc.shared.b64 [%0];" ::"r"(shared_address(full)) : "memory");
+#endif
+}
+
+// Before wait_for_previous(): where that is in memory, for a multiprocessor that has not been there for a while. Reads no value.
+__device__ __forceinline__ void touch(const void* p) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("prefetch.global.L2 [%0];" ::"l"(p));
+#endif
+}
+
 // ---- numbers ----------------------------------------------------------------------------------------------------------
 
 // With the hardware's exponential and reciprocal: within 1e-6 of the exact value, at a fifth of the instructions. They gate thousands of

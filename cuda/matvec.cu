@@ -1,15 +1,17 @@
 // Products of at most 8 tokens, weights BF16, INT8 or INT4, activations rounded to BF16 or INT8: bound by reading the weights.
 //
 // Tensor cores do the sums: the weights are operand A (a panel of 16 rows), the tokens are the 8 columns of operand B, so that 1 to 8
-// tokens cost the same. A block takes panels b, b + grid, ...; its 8 warps cut K into 8 slices, and 16 T threads add the 8 results.
+// tokens cost the same. One block for each multiprocessor takes panels b, b + grid, ... A panel comes in chunks of K, about 16 KB each,
+// through a ring of slots in shared memory:
 //
-//   W  | slice of warp 0 | slice of warp 1 | ...      a slice is a run of units, a unit what a warp computes at once:
-//      '--u--'--u--'--u--'                            BF16 64 k, INT8 and INT4 128 k, with the scales of its groups
+//   chunk    | units of warp 0 | units of warp 1 | ... | of warp 7 |     a unit is what a warp computes at once: BF16 64 k, else 128 k
+//   BF16     512 k: 16 rows of 1 KB, each with 64 bytes of padding       INT8 1024 k, INT4 2048 k: tiles, then the scales of the groups
 //
-// Every warp has a ring of units in shared memory, filled by asynchronous copies, always full: while a unit is computed the others are
-// on their way, across the borders of panels. A lane copies what it will need itself (but for the scales), in the order of the
-// fragments (cuda/unpack.cuh), so nothing of it waits for another warp. The ring is filled before wait_for_previous(): the weights
-// stream in while the kernel before ends and while the prologue computes the norm.
+//   a ninth warp, the producer, keeps all slots full, from before wait_for_previous() on: weights stream in while the kernel before ends
+//   and while the prologue computes the norm. full[slot]: a chunk is there; empty[slot]: all 8 warps have used it.
+//   After the last chunk of a panel 16 T threads add the 8 results.
+//
+// A block that has a multiprocessor to itself needs no more warps than that, and leaves room for what comes next to begin.
 //
 // INT8 weights with BF16 activations: to make BF16 numbers of the codes takes more instructions than there is time for. So the products are of
 // fp16 numbers, 1024 + c (cuda/unpack.cuh) times x as BF16 rounds it and a power of two per token and 128 values makes it fit: its largest is
@@ -17,7 +19,7 @@
 // leaves of the result is some thirtieth of it, in fp32.
 //
 // Rows that must see unrounded activations (router, gates of heads) are extra tasks behind the panels: 8 rows, one for each warp,
-// through the same ring, fp32 products with fp32 activations.
+// through the same slots, fp32 products with fp32 activations.
 #include "cuda/matvec.cuh"
 #include "cuda/unpack.cuh"
 
@@ -27,13 +29,18 @@
 namespace qn::cuda {
 namespace {
 
-constexpr int kWarps = 8, kThreads = 32 * kWarps;
-constexpr int kRingLoads = 12;  // of 16 bytes per lane: 6 KB a warp, 48 KB a block; twice that when a block has a multiprocessor alone
+constexpr int kWarps = kMatvecWarps, kConsumers = kMatvecThreads, kThreads = kConsumers + 32;
+constexpr int kMaxSlots = 8;
+constexpr int early(DType w) { return w == DType::BF16 ? 4 : 2; }  // chunks under way while the kernel before is at work (measured)
 
 constexpr int unit_loads(DType w) { return w == DType::INT4 ? 2 : 4; }
 constexpr int unit_k(DType w) { return w == DType::BF16 ? 64 : 128; }
-constexpr int slot_bytes(DType w) { return unit_loads(w) * 512 + (is_t16(w) ? 128 : 0); }
-constexpr int ring_units(DType w, bool deep) { return kRingLoads / unit_loads(w) * (deep ? 2 : 1); }
+constexpr int chunk_k(DType w) { return w == DType::BF16 ? 512 : w == DType::INT8 ? 1024 : 2048; }
+// BF16: a row of a chunk, and 64 bytes so that 16-byte loads of the fragments of two rows share no bank
+constexpr int kRowPitch = chunk_k(DType::BF16) * 2 + 64;
+constexpr int tile_bytes(DType w) { return chunk_k(w) / tile_k(w) * kTileBytes; }  // of a chunk
+constexpr int slot_bytes(DType w) { return w == DType::BF16 ? kPanelRows * kRowPitch : tile_bytes(w) + chunk_k(w) / 32 * kPanelRows * 2; }
+constexpr int exact_bytes(DType w) { return slot_bytes(w) / kWarps / 512 * 512; }   // of a row in a slot
 constexpr bool as_half(DType w, Act a) { return w == DType::INT8 && a == Act::BF16; }
 // Rows of x in shared memory: padded with zeros to whole groups of 128, and apart such that 16-byte loads of two tokens' fragments
 // (4 times 16 bytes in a row of BF16 and INT8, with gaps of 16 bytes in INT4) share no bank.
@@ -51,12 +58,12 @@ struct Matvec {
   int64_t ldy = 0;
   ExactRows exact[2];
   float* normed = nullptr;
-  bool deep = false;
-  int x = 0, x_scale = 0, x_sum = 0, x_exact = 0, partial = 0, squares = 0, inverse = 0, bytes = 0;  // offsets in shared memory
+  int slots = 0, chunks = 0, exact_chunks = 0;  // chunks: of a panel, of exact rows
+  int barriers = 0, x = 0, x_scale = 0, x_sum = 0, x_exact = 0, partial = 0, squares = 0, inverse = 0, bytes = 0;  // offsets in shared memory
 };
 
 // Where things lie in shared memory. The sizes grow with T; `bytes` is their end.
-void lay_out(Matvec& m, DType w, Act act, int tokens, bool deep) {
+void lay_out(Matvec& m, DType w, Act act, int tokens, int slots) {
   const int groups = (m.in.k + 127) / 128;
   const bool exact = m.exact[0].w || m.exact[1].w;
   int64_t at = 0;
@@ -65,7 +72,8 @@ void lay_out(Matvec& m, DType w, Act act, int tokens, bool deep) {
     at = round_up(at + bytes, 16);
     return static_cast<int>(begin);
   };
-  take(int64_t{kWarps} * ring_units(w, deep) * slot_bytes(w));
+  take(int64_t{slots} * slot_bytes(w));
+  m.barriers = take(2 * kMaxSlots * sizeof(Barrier));  // full and empty
   m.x = take(int64_t{tokens} * x_stride(w, m.in.k) * 2);
   m.x_scale = take(act == Act::INT8 || as_half(w, act) ? int64_t{tokens} * groups * 4 : 0);
   m.x_sum = take(as_half(w, act) ? int64_t{tokens} * groups * 16 : 0);
@@ -74,7 +82,7 @@ void lay_out(Matvec& m, DType w, Act act, int tokens, bool deep) {
   m.squares = take(std::max<int64_t>(int64_t{tokens} * m.in.spans * m.in.pieces, 16) * 4);
   m.inverse = take(int64_t{tokens} * m.in.spans * 4);
   m.bytes = static_cast<int>(std::min<int64_t>(at, 1 << 30));
-  m.in.tokens = tokens, m.deep = deep;
+  m.in.tokens = tokens, m.slots = slots;
 }
 
 struct ExactRow {
@@ -96,101 +104,57 @@ __device__ __forceinline__ ExactRow exact_row(const Matvec& m, int task, int war
   return {};
 }
 
-// First unit of warp i's slice
-template <DType W>
-__device__ __forceinline__ int slice(int k, int i) {
-  return (k + unit_k(W) - 1) / unit_k(W) * i / kWarps;
-}
+// First of `units` in warp i's slice
+__device__ __forceinline__ int slice(int units, int i) { return units * i / kWarps; }
 
-// What a warp reads, in the order in which it computes it.
-template <DType W>
-class Ring {
- public:
-  __device__ Ring(const Matvec& m, uint8_t* shared, int warp)
-      : m_(m), warp_(warp), units_(ring_units(W, m.deep)), slots_(shared + warp * units_ * slot_bytes(W)),
-        task_(static_cast<int>(blockIdx.x) - static_cast<int>(gridDim.x)) {
-#pragma unroll 1
-    for (int i = 0; i < units_; i++) copy();
+// Where a warp is in the sequence of slots; producer and consumers walk it alike.
+struct Place {
+  int slot = 0;
+  uint32_t phase = 0;  // of the slot: how often it has been used before
+  __device__ void next(int slots) {
+    if (++slot == slots) slot = 0, phase++;
   }
-  // The oldest unit, once it has arrived
-  __device__ const uint8_t* front() {
-    if (m_.deep) copy_async_wait<ring_units(W, true) - 1>();
-    else copy_async_wait<ring_units(W, false) - 1>();
-    __syncwarp();
-    return slots_ + slot_ * slot_bytes(W);
-  }
-  // It has been used by all lanes: the next goes there
-  __device__ void pop() {
-    __syncwarp();
-    copy();
-  }
-
- private:
-  static constexpr int kLoads = unit_loads(W);
-
-  __device__ void begin_task() {  // the next one in which this warp has units, if there is one
-    const int lane = static_cast<int>(threadIdx.x) % 32;
-    while (unit_ == end_ && (task_ += static_cast<int>(gridDim.x)) < m_.tasks) {
-      if (task_ >= m_.panels) {
-        const ExactRow row = exact_row(m_, task_, warp_);
-        size_ = m_.in.k * row.item;
-        lo_ = row.w + lane * 16;
-        unit_ = 0, end_ = row.w ? (size_ + kLoads * 512 - 1) / (kLoads * 512) : 0;
-      } else {
-        unit_ = slice<W>(m_.in.k, warp_), end_ = slice<W>(m_.in.k, warp_ + 1);
-        if constexpr (W == DType::BF16) {
-          const int row = task_ * m_.step + lane / 4;
-          lo_ = m_.w + std::min(row, m_.rows - 1) * m_.stride + lane % 4 * 16;
-          hi_ = m_.w + std::min(row + m_.pair, m_.rows - 1) * m_.stride + lane % 4 * 16;
-        } else {
-          hi_ = m_.w + task_ * m_.stride + lane * 16;
-          lo_ = hi_ + m_.scale_bytes;
-        }
-      }
-    }
-  }
-  __device__ void copy() {
-    if (unit_ == end_) begin_task();
-    if (unit_ < end_) {
-      const int lane = static_cast<int>(threadIdx.x) % 32, k = m_.in.k;
-      uint8_t* to = slots_ + slot_ * slot_bytes(W) + lane * 16;
-      if (task_ >= m_.panels) {
-#pragma unroll
-        for (int i = 0; i < kLoads; i++) {
-          const int at = (unit_ * kLoads + i) * 512;
-          copy_weights_async16(to + i * 512, lo_ + at, at + lane * 16 < size_ ? 16 : 0);
-        }
-      } else if constexpr (W == DType::BF16) {
-#pragma unroll
-        for (int i = 0; i < 2; i++) {  // 32 k of rows g and g + 8
-          const int at = unit_ * 64 + i * 32;
-          copy_weights_async16(to + 2 * i * 512, lo_ + at * 2, at < k ? 16 : 0);
-          copy_weights_async16(to + (2 * i + 1) * 512, hi_ + at * 2, at < k ? 16 : 0);
-        }
-      } else {
-        const int bytes = (128 >> m_.shift) * 32, at = unit_ * bytes;  // of scales
-#pragma unroll
-        for (int i = 0; i < kLoads; i++) {
-          const int tile = unit_ * kLoads + i;
-          copy_weights_async16(to + i * 512, lo_ + tile * 512, tile < m_.tiles ? 16 : 0);
-        }
-        if (lane * 16 < bytes)
-          copy_weights_async16(to + kLoads * 512, hi_ + at, at + lane * 16 < m_.scale_bytes ? 16 : 0);
-      }
-      unit_++;
-    }
-    copy_async_commit();  // also when there is nothing left: front() counts
-    if (++slot_ == units_) slot_ = 0;
-  }
-
-  const Matvec& m_;
-  const int warp_, units_;
-  uint8_t* const slots_;
-  int slot_ = 0;  // of the oldest unit, which is where the next one will go
-  int task_, unit_ = 0, end_ = 0;  // of the next copy
-  int size_ = 0;                   // bytes of an exact row
-  const uint8_t *lo_ = nullptr, *hi_ = nullptr;  // of the lane: rows g and g + 8; tiles and scales; an exact row
 };
+
+// The producer: asks for everything that the block reads, in the order in which it is used, as far ahead as there are slots; and while the
+// kernel before may still be at work, for a few chunks at a time. What is asked for waits in queues that everybody shares: with all slots at
+// once, loads that the kernel before was waiting for took up to 5 us longer (measured).
+template <DType W>
+__device__ __forceinline__ void produce(const Matvec& m, uint8_t* shared) {
+  Barrier *full = reinterpret_cast<Barrier*>(shared + m.barriers), *empty = full + kMaxSlots;
+  Place at;
+  int n = 0;
+  for (int task = static_cast<int>(blockIdx.x); task < m.tasks; task += static_cast<int>(gridDim.x)) {
+    const bool panel = task < m.panels;
+    const int chunks = panel ? m.chunks : m.exact_chunks;
+    for (int c = 0; c < chunks; c++, n++, at.next(m.slots)) {
+      if (n >= early(W) && n < m.slots) wait_barrier(full + n - early(W), 0);
+      if (n == m.slots && m.tasks <= static_cast<int>(gridDim.x)) let_next_start();  // nearly everything has been asked for
+      wait_barrier(empty + at.slot, (at.phase + 1) & 1);
+      uint8_t* to = shared + at.slot * slot_bytes(W);
+      if (!panel) {
+        fill(full + at.slot, kWarps, [&](int i) {
+          const ExactRow e = exact_row(m, task, i);
+          const int begin = c * exact_bytes(W), left = e.w ? m.in.k * e.item - begin : 0;
+          return Piece{to + i * exact_bytes(W), e.w + begin, static_cast<uint32_t>(max(0, min(left, exact_bytes(W))))};
+        });
+      } else if constexpr (W == DType::BF16) {
+        fill(full + at.slot, kPanelRows, [&](int i) {
+          const int row = min(task * m.step + i % 8 + (i < 8 ? 0 : m.pair), m.rows - 1), begin = c * chunk_k(W);
+          return Piece{to + i * kRowPitch, m.w + row * m.stride + begin * 2, static_cast<uint32_t>(min(m.in.k - begin, chunk_k(W)) * 2)};
+        });
+      } else {
+        fill(full + at.slot, 2, [&](int i) {
+          const uint8_t* from = m.w + task * m.stride;
+          const int begin = c * (i ? (chunk_k(W) >> m.shift) * kPanelRows * 2 : tile_bytes(W));
+          const int left = (i ? m.scale_bytes : m.tiles * kTileBytes) - begin;
+          return Piece{to + (i ? tile_bytes(W) : 0), from + (i ? 0 : m.scale_bytes) + begin,
+                       static_cast<uint32_t>(min(left, i ? (chunk_k(W) >> m.shift) * kPanelRows * 2 : tile_bytes(W)))};
+        });
+      }
+    }
+  }
+}
 
 // total += sum * (scales of the two rows) * (scales of the two tokens)
 template <Act A>
@@ -203,12 +167,15 @@ __device__ __forceinline__ void flush(float (&total)[4], float (&sum)[4], float 
   }
 }
 
-// total += one unit. x: what the lane reads of its token g from the first k of the unit on, valid where `live`; x_scale: of the
+// total += one unit. unit: of BF16 from the lane's 16 bytes of row g on, of tiles the first one; scales: those of the unit. x: what the lane reads of its token g from the first k of the unit on, valid where `live`; x_scale: of the
 // unit's k for tokens 2t and 2t+1; x_sum: of 32 k each, of these tokens, for as_half().
 template <DType W, Act A>
-__device__ __forceinline__ void multiply(float (&total)[4], const uint8_t* unit, const uint16_t* x, bool live, float2 x_scale, const float4 (&x_sum)[2], int shift) {
+__device__ __forceinline__ void multiply(float (&total)[4], const uint8_t* unit, const uint16_t* scales, const uint16_t* x, bool live, float2 x_scale, const float4 (&x_sum)[2], int shift) {
   const int lane = static_cast<int>(threadIdx.x) % 32, g = lane / 4, t = lane % 4;
-  auto weights = [&](int i) { return *reinterpret_cast<const uint4*>(unit + i * 512 + lane * 16); };
+  auto weights = [&](int i) {
+    if (W == DType::BF16) return *reinterpret_cast<const uint4*>(unit + i / 2 * 64 + i % 2 * 8 * kRowPitch);
+    return *reinterpret_cast<const uint4*>(unit + i * kTileBytes + lane * 16);
+  };
   auto tokens = [&](int at) { return live ? *reinterpret_cast<const uint4*>(x + at) : uint4{}; };
   uint32_t a[4];
   if constexpr (W == DType::BF16) {
@@ -223,7 +190,6 @@ __device__ __forceinline__ void multiply(float (&total)[4], const uint8_t* unit,
     }
     if (A == Act::INT8) flush<A>(total, sum, 1.f, 1.f, x_scale);
   } else {
-    const uint16_t* scales = reinterpret_cast<const uint16_t*>(unit + unit_loads(W) * 512);  // (128 / group, 16)
     float sum[4] = {};
     // After the first `end` values of the unit: is a group complete? Then its scales meet its sums.
     auto close_group = [&](int end) {
@@ -293,7 +259,7 @@ __device__ __forceinline__ void multiply(float (&total)[4], const uint8_t* unit,
 }
 
 // x of all tokens into shared memory: rounded, in the order of the fragments; with exact rows unrounded too.
-template <DType W, Act A>
+template <DType W, Act A, bool Quick>
 __device__ __forceinline__ void prologue(const Matvec& m, uint8_t* shared) {
   uint16_t* x = reinterpret_cast<uint16_t*>(shared + m.x);                 // (T, x_stride)
   float* x_scale = reinterpret_cast<float*>(shared + m.x_scale);           // (T, groups of 128)
@@ -334,50 +300,62 @@ __device__ __forceinline__ void prologue(const Matvec& m, uint8_t* shared) {
     }
   };
   float* squares = reinterpret_cast<float*>(shared + m.squares);
-  if (m.in.quick) quick_quads(m.in, squares, sink);
+  if constexpr (Quick) quick_quads(m.in, squares, sink);
   else for_each_quad(m.in, squares, reinterpret_cast<float*>(shared + m.inverse), sink);
 }
 static_assert(int4_position(6) == int4_position(4) + 1 && int4_position(5) == int4_position(4) + 4 && int4_position(7) == int4_position(4) + 5);
 static_assert(int4_position(14) == int4_position(12) + 1 && int4_position(13) == int4_position(12) + 4 && int4_position(15) == int4_position(12) + 5);
 
-// sum[t] += one unit of an exact row times token t. x: (T, K) from the lane's first k of the unit on, `left` values of the row lie there.
-__device__ __forceinline__ void multiply_exact(float (&sum)[kFewTokens], const uint8_t* unit, int loads, bool f32, const float* x, int tokens, int k_all,
+// sum[t] += part of an exact row times token t. part and x (T, K): from the lane's first value on, of which the part has `left`.
+template <int Tokens>
+__device__ __forceinline__ void multiply_exact(float (&sum)[Tokens], const uint8_t* part, bool f32, const float* x, int tokens, int k_all,
                                                int left) {
   const int each = f32 ? 4 : 8;  // weights in 16 bytes
 #pragma unroll 1
-  for (int i = 0; i < loads && left > 0; i++, unit += 512, x += 32 * each, left -= 32 * each) {
-    const uint4 v = *reinterpret_cast<const uint4*>(unit);
+  for (; left > 0; part += 512, x += 32 * each, left -= 32 * each) {
+    const uint4 v = *reinterpret_cast<const uint4*>(part);
     const float4 lo = f32 ? float4{__uint_as_float(v.x), __uint_as_float(v.y), __uint_as_float(v.z), __uint_as_float(v.w)}
                           : float4{bf16_lo(v.x), bf16_hi(v.x), bf16_lo(v.y), bf16_hi(v.y)};
     const float4 hi = {bf16_lo(v.z), bf16_hi(v.z), bf16_lo(v.w), bf16_hi(v.w)};
 #pragma unroll
-    for (int t = 0; t < kFewTokens; t++) {
+    for (int t = 0; t < Tokens; t++) {
       if (t >= tokens) break;
       const float4 a = load4(x + t * k_all);
-      sum[t] += lo.x * a.x + lo.y * a.y + lo.z * a.z + lo.w * a.w;
+      sum[t] = fmaf(lo.x, a.x, fmaf(lo.y, a.y, fmaf(lo.z, a.z, fmaf(lo.w, a.w, sum[t]))));
       if (f32) continue;
       const float4 b = load4(x + t * k_all + 4);
-      sum[t] += hi.x * b.x + hi.y * b.y + hi.z * b.z + hi.w * b.w;
+      sum[t] = fmaf(hi.x, b.x, fmaf(hi.y, b.y, fmaf(hi.z, b.z, fmaf(hi.w, b.w, sum[t]))));
     }
   }
 }
 
-// With 80 registers three blocks fit on a multiprocessor: two of this kernel and one of the next. Making INT8 codes takes more.
-template <DType W, Act A>
-__global__ void __launch_bounds__(kThreads, A == Act::INT8 ? 2 : 3) matvec_k(const __grid_constant__ Matvec m) {
+// One: of one token, Quick: quick_shape(). Nearly all products of decoding are both, and a kernel that is over in microseconds, and again a
+// few kernels later, must be small: what all of them execute has to stay in the instruction cache, which holds some 100 KB.
+template <DType W, Act A, bool Quick, bool One>
+__global__ void __launch_bounds__(kThreads, 2) matvec_k(const __grid_constant__ Matvec m) {
   extern __shared__ uint4 memory[];
   uint8_t* shared = reinterpret_cast<uint8_t*>(memory);
+  Barrier *full = reinterpret_cast<Barrier*>(shared + m.barriers), *empty = full + kMaxSlots;
   const int warp = warp_index();
-  Ring<W> ring(m, shared, warp);
-  prefetch_norms(m.in);
-  wait_for_previous();
-  prologue<W, A>(m, shared);
-  __syncthreads();
-  // The next kernel may start when all blocks have asked for all of their weights, or nearly: what it prefetches would delay ours
   const bool once = m.tasks <= static_cast<int>(gridDim.x);
-  if (once) let_next_start();
+  if (m.in.k % unit_k(W))  // the last unit of a row ends in what lay there before: x is zero there, but not a number times zero is not
+    for (int i = static_cast<int>(threadIdx.x); i < m.slots * slot_bytes(W) / 16; i += kThreads) memory[i] = uint4{};
+  if (threadIdx.x < 2 * kMaxSlots) init_barrier(full + threadIdx.x, threadIdx.x < kMaxSlots ? kFillArrivals : kWarps);
+  publish_barriers();
+  __syncthreads();
+  if (warp == kWarps) {
+    produce<W>(m, shared);
+    if (once) let_next_start();
+    wait_for_previous();
+    return;
+  }
+  prefetch_norms(m.in);
+  if (threadIdx.x < 3) touch(threadIdx.x == 0 || (threadIdx.x == 1 && !m.in.b) ? m.in.a : threadIdx.x == 1 ? m.in.b : m.y);
+  wait_for_previous();
+  prologue<W, A, Quick>(m, shared);
+  sync_matvec();
 
-  const int tid = static_cast<int>(threadIdx.x), lane = tid % 32, g = lane / 4, t = lane % 4, tokens = m.in.tokens;
+  const int tid = static_cast<int>(threadIdx.x), lane = tid % 32, g = lane / 4, t = lane % 4, tokens = One ? 1 : m.in.tokens;
   const int k_all = m.in.k, groups = (k_all + 127) / 128, size = tokens * kPanelRows;
   const uint16_t* x = reinterpret_cast<const uint16_t*>(shared + m.x) + g * x_stride(W, k_all) + (W == DType::INT4 ? 16 : 8) * t;
   const float *x_scale = reinterpret_cast<const float*>(shared + m.x_scale), *x_sum = reinterpret_cast<const float*>(shared + m.x_sum);
@@ -385,6 +363,7 @@ __global__ void __launch_bounds__(kThreads, A == Act::INT8 ? 2 : 3) matvec_k(con
   const bool swiglu = m.store == Store::SwiGLU;
   const int per_token = swiglu ? kPanelRows / 2 : kPanelRows, row = tid % per_token, out = tid / per_token;  // of the thread: row and token
 
+  Place at;
   int task = static_cast<int>(blockIdx.x), half = kWarps * size;
   for (; task < m.panels; task += static_cast<int>(gridDim.x)) {
     const int n = task * per_token + row;
@@ -392,27 +371,35 @@ __global__ void __launch_bounds__(kThreads, A == Act::INT8 ? 2 : 3) matvec_k(con
     float* y = m.y + out * m.ldy + n;
     const float old = mine && m.store == Store::Add ? *y : 0.f;
 
-    if (!once && task + static_cast<int>(gridDim.x) >= m.tasks) let_next_start();
+    if (!once && task + static_cast<int>(gridDim.x) >= m.panels) let_next_start();  // it takes microseconds to
     float total[4] = {};
-    const int end = slice<W>(k_all, warp + 1);
 #pragma unroll 1
-    for (int u = slice<W>(k_all, warp); u < end; u++) {
-      float2 scale{};
-      float4 sums[2] = {};
-      const int group = u * unit_k(W) / 128;
+    for (int c = 0; c < m.chunks; c++, at.next(m.slots)) {
+      const int units = (min(k_all - c * chunk_k(W), chunk_k(W)) + unit_k(W) - 1) / unit_k(W), end = slice(units, warp + 1);
+      const uint8_t* slot = shared + at.slot * slot_bytes(W);
+      wait_barrier(full + at.slot, at.phase & 1);
+#pragma unroll 1
+      for (int u = slice(units, warp); u < end; u++) {
+        float2 scale{};
+        float4 sums[2] = {};
+        const int k = c * chunk_k(W) + u * unit_k(W), group = k / 128;
 #pragma unroll
-      for (int i = 0; i < 2; i++) {
-        if (2 * t + i >= tokens) continue;
-        if (A == Act::INT8 || as_half(W, A)) (i ? scale.y : scale.x) = x_scale[(2 * t + i) * groups + group];
-        if (as_half(W, A)) sums[i] = load4(x_sum + ((2 * t + i) * groups + group) * 4);
+        for (int i = 0; i < 2; i++) {
+          if (2 * t + i >= tokens) continue;
+          if (A == Act::INT8 || as_half(W, A)) (i ? scale.y : scale.x) = x_scale[(2 * t + i) * groups + group];
+          if (as_half(W, A)) sums[i] = load4(x_sum + ((2 * t + i) * groups + group) * 4);
+        }
+        const uint8_t* unit = slot + (W == DType::BF16 ? g * kRowPitch + t * 16 + u * 128 : u * unit_loads(W) * kTileBytes);
+        const uint16_t* scales = reinterpret_cast<const uint16_t*>(slot + tile_bytes(W)) + u * (128 >> m.shift) * kPanelRows;
+        multiply<W, A>(total, unit, scales, x + k, g < tokens, scale, sums, m.shift);
       }
-      multiply<W, A>(total, ring.front(), x + u * unit_k(W), g < tokens, scale, sums, m.shift);
-      ring.pop();
+      __syncwarp();
+      if (lane == 0) arrive(empty + at.slot);
     }
     float* p = partial + warp * size + 2 * t * kPanelRows + g;
     if (2 * t < tokens) p[0] = total[0], p[8] = total[2];
     if (2 * t + 1 < tokens) p[16] = total[1], p[24] = total[3];
-    __syncthreads();
+    sync_matvec();
     if (mine) {
       const float* s = partial + out * kPanelRows + row;
       float sum = 0, up = 0;
@@ -431,20 +418,24 @@ __global__ void __launch_bounds__(kThreads, A == Act::INT8 ? 2 : 3) matvec_k(con
 
   for (; task < m.tasks; task += static_cast<int>(gridDim.x)) {  // one row for each warp, all tokens
     const ExactRow e = exact_row(m, task, warp);
-    if (!e.w) break;
-    const int loads = unit_loads(W), each = 16 / e.item;
-    float sum[kFewTokens] = {};
+    float sum[One ? 1 : kFewTokens] = {};
 #pragma unroll 1
-    for (int k = lane * each; k - lane * each < k_all; k += loads * 32 * each) {
-      multiply_exact(sum, ring.front() + lane * 16, loads, e.item == 4, reinterpret_cast<const float*>(shared + m.x_exact) + k, tokens, k_all, k_all - k);
-      ring.pop();
+    for (int c = 0; c < m.exact_chunks; c++, at.next(m.slots)) {
+      const int each = 16 / e.item, values = exact_bytes(W) / e.item, first = c * values;
+      wait_barrier(full + at.slot, at.phase & 1);
+      if (e.w)
+        multiply_exact(sum, shared + at.slot * slot_bytes(W) + warp * exact_bytes(W) + lane * 16, e.item == 4,
+                       reinterpret_cast<const float*>(shared + m.x_exact) + first + lane * each, tokens, k_all, min(k_all - first, values) - lane * each);
+      __syncwarp();
+      if (lane == 0) arrive(empty + at.slot);
     }
+    if (!e.w) break;
 #pragma unroll 1
     for (int i = 0; i < tokens; i++) {
       const float s = warp_sum(sum[0]);
       if (lane == 0) e.y[i * e.ldy] = e.squash ? sigmoid(s) : s;
 #pragma unroll
-      for (int j = 1; j < kFewTokens; j++) sum[j - 1] = sum[j];
+      for (int j = 1; j < (One ? 1 : kFewTokens); j++) sum[j - 1] = sum[j];
     }
   }
 }
@@ -455,13 +446,12 @@ bool aligned(const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; }
 
 template <DType W>
 void launch_matvec(const Context& c, const char* what, const Matvec& m, Act act) {
-  // Many warps hide the time that each waits: three blocks on a multiprocessor where that fits (each takes 1 KB besides; measured,
-  // three are 7 % faster than two on 50 MB); one with the deep ring, which the next kernel's ring finds room beside. None without a task.
-  const auto fit = static_cast<int>((c.shared_max + 1024) / (static_cast<size_t>(m.bytes) + 1024));
-  const int per_sm = m.deep ? 1 : std::clamp(fit, 1, 3);
-  const dim3 grid(static_cast<unsigned>(std::min(m.tasks, c.sms * per_sm)));
-  if (act == Act::BF16) launch(c, what, matvec_k<W, Act::BF16>, grid, kThreads, static_cast<size_t>(m.bytes), m);
-  else launch(c, what, matvec_k<W, Act::INT8>, grid, kThreads, static_cast<size_t>(m.bytes), m);
+  const dim3 grid(static_cast<unsigned>(std::min(m.tasks, c.sms)));
+  const auto bytes = static_cast<size_t>(m.bytes);
+  if (act != Act::BF16) launch(c, what, matvec_k<W, Act::INT8, false, false>, grid, kThreads, bytes, m);
+  else if (m.in.quick && m.in.tokens == 1) launch(c, what, matvec_k<W, Act::BF16, true, true>, grid, kThreads, bytes, m);
+  else if (m.in.quick) launch(c, what, matvec_k<W, Act::BF16, true, false>, grid, kThreads, bytes, m);
+  else launch(c, what, matvec_k<W, Act::BF16, false, false>, grid, kThreads, bytes, m);
 }
 
 // False: not even the activations of one token fit into shared memory.
@@ -481,18 +471,25 @@ bool matvec_fast(const Context& c, const char* what, const Product& p) {
   m.step = halves ? 8 : 16, m.pair = halves ? m.rows / 2 : 8;
   m.panels = static_cast<int>(t16_panels(m.rows));
   m.store = p.store, m.y = p.y, m.ldy = p.ldy, m.normed = p.normed;
+  const int chunk = w == DType::BF16 ? chunk_k(DType::BF16) : w == DType::INT8 ? chunk_k(DType::INT8) : chunk_k(DType::INT4);
+  const int part = w == DType::BF16 ? exact_bytes(DType::BF16) : w == DType::INT8 ? exact_bytes(DType::INT8) : exact_bytes(DType::INT4);
+  m.chunks = (m.in.k + chunk - 1) / chunk;
   int64_t exact_rows = 0;
-  for (int i = 0; i < 2; i++) m.exact[i] = p.exact[i], exact_rows += p.exact[i].w.rows();
+  for (int i = 0; i < 2; i++) {
+    m.exact[i] = p.exact[i], exact_rows += p.exact[i].w.rows();
+    if (p.exact[i].w) m.exact_chunks = std::max(m.exact_chunks, (m.in.k * (p.exact[i].w.dtype == DType::F32 ? 4 : 2) + part - 1) / part);
+  }
   m.tasks = m.panels + static_cast<int>((exact_rows + kWarps - 1) / kWarps);
 
   int tokens = m.in.tokens;  // of one launch
-  auto fits = [&] { return lay_out(m, w, p.act, tokens, false), static_cast<size_t>(m.bytes) <= c.shared_max; };
-  while (tokens > 0 && !fits()) tokens--;
+  auto fits = [&](int slots) { return lay_out(m, w, p.act, tokens, slots), static_cast<size_t>(m.bytes) <= c.shared_max; };
+  while (tokens > 0 && !fits(2)) tokens--;
   if (tokens == 0) return false;
   for (int first = 0; first < p.in.tokens; first += tokens) {
     const int n = std::min(tokens, p.in.tokens - first);
-    lay_out(m, w, p.act, n, m.tasks <= c.sms);
-    if (2 * static_cast<size_t>(m.bytes) > c.shared_max) lay_out(m, w, p.act, n, false);  // leave room for the kernel after this one
+    // No more than a block uses, and if it has one task only, room for the next kernel's beside it
+    int slots = m.tasks <= c.sms ? std::min(std::max(m.chunks, m.exact_chunks), kMaxSlots - 1) : kMaxSlots;
+    while (lay_out(m, w, p.act, n, slots), static_cast<size_t>(m.bytes) > c.shared_max) slots--;
     if (w == DType::BF16) launch_matvec<DType::BF16>(c, what, m, p.act);
     else if (w == DType::INT8) launch_matvec<DType::INT8>(c, what, m, p.act);
     else launch_matvec<DType::INT4>(c, what, m, p.act);
@@ -513,7 +510,7 @@ void multiply(const Context& c, const char* what, const Product& p) {
            "%s: rows must begin at 16 bytes: they are %lld and %lld values apart, norms %d wide", what, static_cast<long long>(in.lda),
            static_cast<long long>(in.ldb), in.span);
   for (const ExactRows& e : p.exact) QN_CHECK(aligned(e.w.data) && e.w.row_stride % 8 == 0, "%s: exact rows must begin at 16 bytes", what);
-  const bool fast = p.w && p.w.dtype != DType::F32 && p.act != Act::F32 && (is_t16(p.w.dtype) || p.w.row_stride % 8 == 0);
+  const bool fast = p.w && p.w.dtype != DType::F32 && p.act != Act::F32 && in.k % 8 == 0 && (is_t16(p.w.dtype) || p.w.row_stride % 8 == 0);
   if (!fast || !matvec_fast(c, what, p)) matvec_exact(c, what, p);
 }
 

@@ -52,6 +52,9 @@ size_t matvec_exact_scratch(const OpLimits&);
 
 // ---- the mixture: one warp per token and group of 128 values, four per lane -------------------------------------------
 
+constexpr int kMatvecWarps = 8, kMatvecThreads = 32 * kMatvecWarps;  // that mix; a block may have more
+__device__ __forceinline__ void sync_matvec() { asm volatile("bar.sync 1, %0;" ::"n"(kMatvecThreads) : "memory"); }  // these
+
 // The same in all lanes, which the compiler would not know of threadIdx.x / 32
 __device__ __forceinline__ int warp_index() { return __shfl_sync(0xffffffffu, static_cast<int>(threadIdx.x) / 32, 0); }
 
@@ -60,7 +63,7 @@ __device__ __forceinline__ float4 load4(const float* p) { return *reinterpret_ca
 // Norm weights may be fetched before wait_for_previous(); nearly always they are in no cache yet.
 __device__ __forceinline__ void prefetch_norms(const Input& in) {
   if (in.spans == 0) return;
-  for (int i = static_cast<int>(threadIdx.x) * 32; i < in.span; i += static_cast<int>(blockDim.x) * 32) {
+  for (int i = static_cast<int>(threadIdx.x) * 32; i < in.span; i += kMatvecThreads * 32) {
     prefetch_l2(in.w + i);
     if (in.w2) prefetch_l2(in.w2 + i);
   }
@@ -92,7 +95,7 @@ constexpr int kBatch = 4;  // quads a lane loads at once, to wait for memory onc
 
 // inverse[t * spans + i] = 1 / rms of span i of token t. The block's first quads are at hand.
 __device__ __forceinline__ void inverse_rms(const Input& in, const Quad (&q)[kBatch], float* squares, float* inverse) {
-  const int warp = warp_index(), lane = static_cast<int>(threadIdx.x) % 32, warps = static_cast<int>(blockDim.x) / 32;
+  const int warp = warp_index(), lane = static_cast<int>(threadIdx.x) % 32, warps = kMatvecWarps;
   const int norms = in.tokens * in.spans, parts = norms * in.pieces;
   const bool at_hand = in.spans == 1 || in.span % 128 == 0;  // pieces are groups
   int t = 0, span = 0, piece = warp - warps;
@@ -113,9 +116,9 @@ __device__ __forceinline__ void inverse_rms(const Input& in, const Quad (&q)[kBa
       if (lane == 0 && first + i * warps < parts) squares[first + i * warps] = s;
     }
   }
-  __syncthreads();
+  sync_matvec();
   if (in.pieces == 1) {  // a norm per thread, else one per warp
-    for (int i = static_cast<int>(threadIdx.x); i < norms; i += static_cast<int>(blockDim.x))
+    for (int i = static_cast<int>(threadIdx.x); i < norms; i += kMatvecThreads)
       inverse[i] = 1.f / sqrtf(squares[i] / static_cast<float>(in.span) + in.eps);
   } else {
     for (int i = warp; i < norms; i += warps) {
@@ -125,14 +128,14 @@ __device__ __forceinline__ void inverse_rms(const Input& in, const Quad (&q)[kBa
       if (lane == 0) inverse[i] = 1.f / sqrtf(s / static_cast<float>(in.span) + in.eps);
     }
   }
-  __syncthreads();
+  sync_matvec();
 }
 
 // Calls sink(t, k, x) for all x, by whole warps: lane l has x[k .. k+3] of token t, k = 128 * group + 4 * l, zero where k >= K.
 // squares: room for tokens * spans * pieces, inverse: for tokens * spans. Every sum is in an order that T has no part in.
 template <class Sink>
 __device__ __forceinline__ void for_each_quad(const Input& in, float* squares, float* inverse, Sink sink) {
-  const int warp = warp_index(), lane = static_cast<int>(threadIdx.x) % 32, warps = static_cast<int>(blockDim.x) / 32;
+  const int warp = warp_index(), lane = static_cast<int>(threadIdx.x) % 32, warps = kMatvecWarps;
   const int groups = (in.k + 127) / 128;
   auto next = [&](int& t, int& group) {  // warps take groups in turn, on from token to token
     for (group += warps; group >= groups; group -= groups) t++;
@@ -203,7 +206,7 @@ __device__ __forceinline__ void quick_quads(const Input& in, float* squares, Sin
       const float q = warp_sum(square(v[0]) + square(v[1]) + square(v[2]) + square(v[3]));
       float* mine = squares + t % 2 * 8;  // the other half may still be read
       if (lane == 0) mine[warp] = q;
-      __syncthreads();
+      sync_matvec();
       float all = 0;
 #pragma unroll
       for (int i = 0; i < 8; i++) all += mine[i];

@@ -9,7 +9,7 @@
 namespace qn::cuda {
 namespace {
 
-constexpr int kThreads = 256;
+constexpr int kThreads = kMatvecThreads;
 
 // Block t: x of token t. exact and rounded (T, K) may be null.
 __global__ void __launch_bounds__(kThreads) matvec_input_k(Input in, Act act, float* exact, float* rounded) {
