@@ -2,8 +2,8 @@
 // Both are over in a few microseconds, so what counts is the time between knowing the ids and having asked for every byte.
 //
 // Tensor cores do the sums: operand A is a panel of 16 rows of weights, the columns of operand B are tokens (gate_up) or choices
-// (down), so that an expert that several tokens chose is read once. A warp holds one slab of a panel in registers: 8 loads of 16
-// bytes per lane, all asked for at once.
+// (down), so that an expert that several tokens chose is read once. A warp has one slab of a panel in shared memory: 8 copies of 16
+// bytes per lane, all asked for at once. One token of the usual shape has kernels of its own, in which panels come in one piece.
 //
 //            slab: 16 rows x      of a panel         real shape: gate_up K = 2048      down K = 512
 //   INT4     512 k (8 tiles)      + fp16 scales      4 slabs, a warp each              1
@@ -11,7 +11,7 @@
 //   BF16     128 k                                   16                                4
 //
 //   gate_up  a team of 4 warps takes a panel (8 gate and 8 up rows), slabs part, part + 4, ...; 10 experts x 64 panels are 5 teams
-//            on each of 128 multiprocessors. Every block finds the top K itself while other warps round x.
+//            on each of 128 multiprocessors. Every block finds the top K itself.
 //   down     a block takes a panel of the output: a warp per choice and slab, two more for the shared expert, whose weights are
 //            known before the kernel ahead has ended. The results are added in the order choice 0, 1, ..., shared expert.
 //
@@ -101,7 +101,7 @@ __device__ __forceinline__ bool quick_top(const float* logits, int experts, int 
 }
 
 // The same for any E and K: each round finds the largest (key, index) below that of the round before.
-__device__ void any_top(const float* logits, int experts, int chosen, int32_t* ids) {
+__device__ __noinline__ void any_top(const float* logits, int experts, int chosen, int32_t* ids) {
   uint64_t last = ~uint64_t{0};
   for (int j = 0; j < chosen; j++) {
     uint64_t best = 0;
@@ -123,7 +123,7 @@ __device__ __forceinline__ void top(const float* logits, int experts, int chosen
 }
 
 // What a token chose, from shared memory to `ids_out` and `weights` (chosen); by one warp.
-__device__ void store_choice(const float* logits, int experts, int chosen, bool renormalise, const int32_t* ids, int32_t* ids_out, float* weights) {
+__device__ __noinline__ void store_choice(const float* logits, int experts, int chosen, bool renormalise, const int32_t* ids, int32_t* ids_out, float* weights) {
   const float largest = logits[ids[0]];
   float sum = 0;
   for (int i = lane_id(); i < (renormalise ? chosen : experts); i += 32) sum += expf(logits[renormalise ? ids[i] : i] - largest);
@@ -197,7 +197,8 @@ struct Slab {
   static constexpr int kCell = kBlock / 4;
   static constexpr int kPad = W == DType::INT4 ? 8 : 32;         // values behind a row of x: two tokens' 16-byte loads share no bank
   static constexpr int kScales = is_t16(W) ? kWidth / (Plain ? 128 : 32) * kPanelRows * 2 : 0;  // bytes, at most
-  static constexpr int kBytes = kLoads * kTileBytes + kScales;   // tiles, or what lanes load of BF16 rows; scales
+  static constexpr int kScalesAt = kLoads * kTileBytes;          // behind tiles, or what lanes load of BF16 rows
+  static constexpr int kBytes = kScalesAt + kScales;
 
   // Asks for slab s of panel p
   __device__ __forceinline__ static void copy(const Matrix& m, const uint8_t* data, int p, int s, uint8_t* to) {
@@ -230,15 +231,15 @@ struct Slab {
     __syncwarp();
   }
 
-  // total += the slab times x, as operand D lies: rows g, g + 8, columns 2t, 2t + 1.
+  // total += the slab times x, as operand D lies: rows g, g + 8, columns 2t, 2t + 1. row_scales: those of its groups, (groups, 16) fp16;
   // x: the values of column g in shared memory, from cell t on; s0, s1: the activation scales of columns 2t and 2t + 1.
-  __device__ __forceinline__ static void multiply(const uint8_t* slab, const uint16_t* x, const float* s0, const float* s1, int shift,
+  __device__ __forceinline__ static void multiply(const uint8_t* slab, const uint8_t* row_scales, const uint16_t* x, const float* s0, const float* s1, int shift,
                                                   float (&total)[4]) {
     const uint4* tiles = reinterpret_cast<const uint4*>(slab) + lane_id();
-    const uint16_t* scales = reinterpret_cast<const uint16_t*>(slab + kLoads * kTileBytes) + lane_id() / 4;
+    const uint16_t* scales = reinterpret_cast<const uint16_t*>(row_scales) + lane_id() / 4;
     auto scale = [&](int q) { return float2{half_bits_to_float(scales[kPanelRows * q]), half_bits_to_float(scales[kPanelRows * q + 8])}; };
     float sum[2][4] = {};  // two chains, so that an instruction need not wait for the one before
-#pragma unroll
+#pragma unroll 4
     for (int i = 0; i < kBlocks; i++) {
       const uint4 b = load_shared(x + i * kBlock);
       uint32_t a[4];
@@ -292,6 +293,7 @@ struct Slab {
 
 // ---- gate and up ------------------------------------------------------------------------------------------------------
 
+constexpr int kQuickWarps = kQuickExperts / 32;
 constexpr int kTeam = 4;      // warps that share a panel
 constexpr int kMaxTeams = 8;  // in a block
 
@@ -438,7 +440,7 @@ __global__ void __launch_bounds__(kMaxTeams * kTeam * 32, 1) moe_gate_up_few_k(c
 #pragma unroll 1
     for (int s = part; s < a.slabs; s += kTeam) {
       S::wait();
-      S::multiply(slab, x + s * S::kWidth, s0 + s * S::kChunks, s1 + s * S::kChunks, a.w.shift, total);
+      S::multiply(slab, slab + S::kScalesAt, x + s * S::kWidth, s0 + s * S::kChunks, s1 + s * S::kChunks, a.w.shift, total);
       __syncwarp();  // the slab has been read by all lanes
       const bool more = s + kTeam < a.slabs;
       const int next = more ? unit : unit + stride;
@@ -448,6 +450,99 @@ __global__ void __launch_bounds__(kMaxTeams * kTeam * 32, 1) moe_gate_up_few_k(c
     mine[part * 32 + lane] = make_float4(total[0], total[1], total[2], total[3]);
     asm volatile("bar.sync %0, %1;" ::"r"(team + 1), "n"(kTeam * 32) : "memory");  // the team's; two rounds of results need but one
     if (part == 0) finish_panel(a, mine, ids, todo[unit / a.panels], unit % a.panels);
+  }
+}
+
+// One token of the usual shape: K up to 2048 in whole slabs, up to 512 experts, at least 16 warps and no more choices than that. A thread has a
+// logit, and all warps choose together: at least `chosen` of their maxima are not below the chosen-th largest of these, so the answer is
+// among the logits from there on. A team's panel comes in one piece. Small code, as of matvec_k.
+template <DType W, bool Plain>
+__global__ void __launch_bounds__(kMaxTeams * kTeam * 32, 1) moe_gate_up_one_k(const GateUp a) {
+  using S = Slab<W, Plain>;
+  extern __shared__ __align__(16) uint8_t shared[];
+  __shared__ __align__(16) uint32_t maxima[kQuickWarps];
+  __shared__ int candidates;
+  __shared__ Barrier full[kMaxTeams];
+  Candidate* list = reinterpret_cast<Candidate*>(shared + a.at.list);
+  int32_t* ids = reinterpret_cast<int32_t*>(shared + a.at.ids);
+  const int tid = static_cast<int>(threadIdx.x), lane = lane_id(), warp = warp_id(), teams = static_cast<int>(blockDim.x) / (kTeam * 32);
+  const int team = warp / kTeam, part = warp % kTeam;
+  const bool leads = part == team % kTeam;  // asks for the team's panels; that of the next team runs on another scheduler
+  if (tid == 0) candidates = 0;
+  if (tid < teams) init_barrier(full + tid, kFillArrivals), publish_barriers();
+  if (tid < 3) touch(tid == 0 ? a.logits : tid == 1 ? a.x : a.inner);
+  wait_for_previous();
+  const float logit = tid < a.experts ? a.logits[tid] : 0.f;
+#pragma unroll 1
+  for (int c = warp; c < a.at.chunks; c += teams * kTeam) {
+    const float4 v = load4(a.x + c * kActGroup + 4 * lane);
+    const float scale = store_rounded<W>(v, !Plain && a.int8, reinterpret_cast<uint16_t*>(shared + a.at.x) + c * kActGroup);
+    if (!Plain && lane == 0) reinterpret_cast<float*>(shared + a.at.scales)[c] = scale;
+  }
+  const uint32_t key = tid < a.experts ? rank_key(logit) : 0, most = __reduce_max_sync(kAll, key);
+  if (lane == 0 && warp < kQuickWarps) maxima[warp] = most;
+  __syncthreads();
+  const uint32_t mine = maxima[lane % kQuickWarps];
+  int above = 0;
+#pragma unroll
+  for (int i = 0; i < kQuickWarps; i += 4) {
+    const uint4 v = *reinterpret_cast<const uint4*>(maxima + i);
+    above += (v.x > mine) + (v.y > mine) + (v.z > mine) + (v.w > mine);
+  }
+  const uint32_t least = __reduce_min_sync(kAll, above < a.chosen ? mine : ~0u);
+  if (key >= least && tid < a.experts) {
+    const int at = atomicAdd(&candidates, 1);
+    if (at < 32) list[at] = {key, tid};
+  }
+  __syncthreads();
+  const int n = candidates;
+  int expert = 0, place = a.chosen;  // of the lane's candidate, in warps that lead
+  if (n > 32) {                      // many equal ones
+    if (warp == 0) any_top(a.logits, a.experts, a.chosen, ids);
+    __syncthreads();
+    if (lane < a.chosen) expert = ids[lane], place = lane;
+  } else if (leads) {
+    const Candidate c = list[lane];
+    int before = 0;
+#pragma unroll 4
+    for (int i = 0; i < n; i++) before += list[i].key > c.key || (list[i].key == c.key && list[i].expert < c.expert);
+    if (lane < n) expert = c.expert, place = before;
+  }
+
+  const int units = a.chosen * a.panels, stride = static_cast<int>(gridDim.x) * teams;
+  uint8_t* panel = shared + a.at.slabs + team * kTeam * S::kBytes;
+  auto copy = [&](int unit) {  // by the warp that leads
+    const int j = unit / a.panels, e = __shfl_sync(kAll, expert, __ffs(static_cast<int>(__ballot_sync(kAll, place == j))) - 1);
+    const uint8_t* from = a.w.data + e * a.stride + static_cast<int64_t>(unit - j * a.panels) * a.w.panel_bytes;
+    fill(full + team, 1, [&](int) { return Piece{panel, from, static_cast<uint32_t>(a.w.panel_bytes)}; });
+  };
+  int unit = static_cast<int>(blockIdx.x) * teams + team;  // (choice, panel)
+  if (leads && unit < units) copy(unit);
+  let_next_start();  // whose weights would have come in the way of ours
+  if (blockIdx.x == 0 && warp == 0) {
+    if (n <= 32 && place < a.chosen) ids[place] = expert;
+    __syncwarp();
+    store_choice(a.logits, a.experts, a.chosen, a.renormalise, ids, a.ids, a.weights);
+  }
+  const uint16_t* x = reinterpret_cast<const uint16_t*>(shared + a.at.x) + lane % 4 * S::kCell + part * S::kWidth;
+  const float* scales = reinterpret_cast<const float*>(shared + a.at.scales) + part * S::kChunks;
+  float2* results = reinterpret_cast<float2*>(shared + a.at.part) + team * 2 * kTeam * 8;
+#pragma unroll 1
+  for (int round = 0; unit < units; unit += stride, round ^= 1) {
+    float total[4] = {};
+    wait_barrier(full + team, round);
+    if (part < a.slabs)
+      S::multiply(panel + a.w.scale_bytes + part * S::kScalesAt, panel + part * S::kScales, x, scales, scales, a.w.shift, total);
+    float2* sums = results + round * kTeam * 8;  // (parts, rows)
+    if (lane % 4 == 0) sums[part * 8 + lane / 4] = make_float2(total[0], total[2]);
+    asm volatile("bar.sync %0, %1;" ::"r"(team + 1), "n"(kTeam * 32) : "memory");  // the team's; two rounds of results need but one
+    if (leads && unit + stride < units) copy(unit + stride);
+    if (part == (team + 1) % kTeam && lane < 8) {
+      float2 sum = sums[lane];
+#pragma unroll
+      for (int i = 1; i < kTeam; i++) sum.x += sums[i * 8 + lane].x, sum.y += sums[i * 8 + lane].y;
+      a.inner[static_cast<int64_t>(unit / a.panels) * a.f + unit % a.panels * 8 + lane] = silu(sum.x) * sum.y;
+    }
   }
 }
 
@@ -467,7 +562,7 @@ struct Down {
   const float* shared;        // (T, FS)
   const float* shared_scale;  // (T)
   Matrix shared_w;            // (D, FS)
-  bool int8, shared_int8, shared_t16;
+  bool int8, shared_int8;
   int tokens, chosen, d;
   int choice_warps, shared_warps, columns;
   int slabs, shared_slabs;    // in a panel
@@ -520,13 +615,13 @@ struct Row {  // the part of a row of activations that meets a slab
 };
 
 // results[result of a column] (16) = its weight * (slab times column)
-template <class S>
-__device__ __forceinline__ void multiply_columns(const Stage& stage, const uint8_t* slab, int columns, int shift, float* results) {
-  S::wait();
+template <class S, bool One>
+__device__ __forceinline__ void multiply_columns(const Stage& stage, const uint8_t* slab, const uint8_t* scales, int columns, int shift, float* results) {
   const int g = lane_id() / 4, t = lane_id() % 4;
+  if constexpr (One) columns = 1;
   const Column *even = stage.columns() + min(2 * t, columns - 1), *odd = stage.columns() + min(2 * t + 1, columns - 1);
   float total[4] = {};
-  S::multiply(slab, stage.x() + (g < columns ? g : 0) * (S::kWidth + S::kPad) + t * S::kCell, even->scales, odd->scales, shift, total);
+  S::multiply(slab, scales, stage.x() + (g < columns ? g : 0) * (S::kWidth + S::kPad) + t * S::kCell, even->scales, odd->scales, shift, total);
   if (2 * t < columns) {
     float* to = results + even->result * kPanelRows + g;
     to[0] = even->weight * total[0], to[8] = even->weight * total[2];
@@ -540,8 +635,9 @@ __device__ __forceinline__ void multiply_columns(const Stage& stage, const uint8
 
 // results (T*K, slabs, 16): weight * (panel of the expert times the slab's part of inner). A warp takes a choice and a slab; the
 // first choice of an expert does the others of that expert too.
-template <class S>
-__device__ __forceinline__ void down_choices(const Down& a, int panel, const Stage& stage, float* results) {
+template <class S, bool One>
+__device__ __forceinline__ void down_choices(const Down& a, int panel, const Stage& stage, Barrier* full, float* results) {
+  [[maybe_unused]] uint32_t phase = 0;
 #pragma unroll 1
   for (int task = warp_id(); task < a.tasks; task += a.choice_warps) {
     const int first = task / a.slabs, s = task % a.slabs;
@@ -549,15 +645,26 @@ __device__ __forceinline__ void down_choices(const Down& a, int panel, const Sta
     auto load = [&](int c) { row.load(a.inner + static_cast<int64_t>(c) * a.w.k + s * S::kWidth, a.w.k - s * S::kWidth, a.weights + c); };
     load(first);
     const int e = a.ids[first];
-    if (find(a.ids, 0, a.choices, e) != first) continue;
-    S::copy(a.w, a.w.data + e * a.stride, panel, s, stage.slab());
+    if (!One && find(a.ids, 0, a.choices, e) != first) continue;
+    if constexpr (One) {  // the panel is one slab, and comes in one piece
+      const uint8_t* from = a.w.data + e * a.stride + static_cast<int64_t>(panel) * a.w.panel_bytes;
+      fill(full, 1, [&](int) { return Piece{stage.slab(), from, static_cast<uint32_t>(a.w.panel_bytes)}; });
+    } else S::copy(a.w, a.w.data + e * a.stride, panel, s, stage.slab());
+    let_next_start();  // whose weights would have come in the way of ours
+    if constexpr (One) {
+      row.store(false, stage, 0, task);
+      wait_barrier(full, phase++ & 1);
+      multiply_columns<S, One>(stage, stage.slab() + a.w.scale_bytes, stage.slab(), 1, a.w.shift, results);
+      continue;
+    }
     int columns = 0;
 #pragma unroll 1
     for (int c = first; c >= 0;) {
       row.store(a.int8, stage, columns++, c * a.slabs + s);
       c = find(a.ids, c + 1, a.choices, e);
       if (c < 0 || columns == a.columns) {
-        multiply_columns<S>(stage, stage.slab(), columns, a.w.shift, results);
+        S::wait();
+        multiply_columns<S, One>(stage, stage.slab(), stage.slab() + S::kScalesAt, columns, a.w.shift, results);
         columns = 0;
       }
       if (c >= 0) load(c);
@@ -567,7 +674,7 @@ __device__ __forceinline__ void down_choices(const Down& a, int panel, const Sta
 
 // results (T, slabs, 16): shared_scale * (panel of the shared expert times the slab's part of `shared`). Waits for the kernel before
 // when it has asked for as many slabs as there is room for.
-template <class S>
+template <class S, bool One>
 __device__ __forceinline__ void down_shared(const Down& a, int warp, int panel, const Stage& stage, float* results) {
   auto copy = [&](int s, int room) {
     if (s < a.shared_slabs) S::copy(a.shared_w, a.shared_w.data, panel, s, stage.slab() + room * stage_bytes(a.columns));
@@ -578,23 +685,27 @@ __device__ __forceinline__ void down_shared(const Down& a, int warp, int panel, 
 #pragma unroll 1
   for (int s = warp, room = 0; s < a.shared_slabs; s += a.shared_warps, room = (room + 1) % kSharedSlabs) {
 #pragma unroll 1
-    for (int t = 0; t < a.tokens; t += a.columns) {
-      const int columns = min(a.columns, a.tokens - t);
+    for (int t = 0; t < (One ? 1 : a.tokens); t += One ? 1 : a.columns) {
+      const int columns = One ? 1 : min(a.columns, a.tokens - t);
 #pragma unroll 1
       for (int c = 0; c < columns; c++) {
         Row<S> row;
         row.load(a.shared + static_cast<int64_t>(t + c) * a.shared_w.k + s * S::kWidth, a.shared_w.k - s * S::kWidth, a.shared_scale + t + c);
-        row.store(a.shared_int8, stage, c, (t + c) * a.shared_slabs + s);
+        row.store(!One && a.shared_int8, stage, c, (t + c) * a.shared_slabs + s);
       }
-      multiply_columns<S>(stage, stage.slab() + room * stage_bytes(a.columns), columns, a.shared_w.shift, results);
+      S::wait();
+      const uint8_t* slab = stage.slab() + room * stage_bytes(a.columns);
+      multiply_columns<S, One>(stage, slab, slab + S::kScalesAt, columns, a.shared_w.shift, results);
     }
     copy(s + kSharedSlabs * a.shared_warps, room);
   }
 }
 
-template <DType W, bool Plain>
-__global__ void __launch_bounds__(Plain ? 1024 : (kMaxChoiceWarps + kMaxSharedWarps) * 32, 1) moe_down_few_k(const Down a) {
+// Shared: of the shared expert
+template <DType W, bool Plain, bool One, DType Shared>
+__global__ void __launch_bounds__((kMaxChoiceWarps + kMaxSharedWarps) * 32, 1) moe_down_few_k(const Down a) {
   extern __shared__ __align__(16) uint8_t shared[];
+  __shared__ Barrier full[kMaxChoiceWarps];  // of the warps' slabs
   const int warp = warp_id(), panel = static_cast<int>(blockIdx.x);
   const int extra = warp - a.choice_warps;  // of the shared expert
   const Stage stage{shared + (extra < 0 ? warp : a.choice_warps + extra * kSharedSlabs) * stage_bytes(a.columns)};
@@ -603,21 +714,23 @@ __global__ void __launch_bounds__(Plain ? 1024 : (kMaxChoiceWarps + kMaxSharedWa
   const int t = static_cast<int>(threadIdx.x) / kPanelRows, r = static_cast<int>(threadIdx.x) % kPanelRows;
   float* h = reinterpret_cast<float*>(shared + a.h_at) + threadIdx.x;  // of the output that this thread, of a choice warp, adds up
   if (extra < 0) {
+    if (One && lane_id() == 0) init_barrier(full + warp, kFillArrivals), publish_barriers();
+    if (threadIdx.x < 4) touch(threadIdx.x == 0 ? a.weights : threadIdx.x == 1 ? a.inner : threadIdx.x == 2 ? a.h : reinterpret_cast<const float*>(a.ids));
     wait_for_previous();
     if (t < a.tokens) copy_async4(h, a.h + static_cast<int64_t>(t) * a.d + panel * kPanelRows + r);
     copy_async_commit();  // a warp without choices commits nothing else, and waits only for what is committed
-    down_choices<Slab<W, Plain>>(a, panel, stage, choices);
-  } else if (a.shared_t16) {
-    down_shared<Slab<DType::INT8, false>>(a, extra, panel, stage, others);
+    down_choices<Slab<W, Plain>, One>(a, panel, stage, full + warp, choices);
   } else {
-    down_shared<Slab<DType::BF16, false>>(a, extra, panel, stage, others);
+    down_shared<Slab<Shared, false>, One>(a, extra, panel, stage, others);
   }
-  let_next_start();  // whose weights would have come in the way of ours
+  let_next_start();  // a warp may have had nothing to ask for
   copy_async_wait<0>();
   __syncthreads();
   if (t >= a.tokens) return;
   float sum = 0;
+#pragma unroll 2
   for (int i = 0; i < a.chosen * a.slabs; i++) sum += choices[(t * a.chosen * a.slabs + i) * kPanelRows + r];
+#pragma unroll 2
   for (int i = 0; i < a.shared_slabs; i++) sum += others[(t * a.shared_slabs + i) * kPanelRows + r];
   a.h[static_cast<int64_t>(t) * a.d + panel * kPanelRows + r] = *h + sum;
 }
@@ -659,8 +772,20 @@ void launch_gate_up(const Context& c, const MoeGateUpArgs& args, GateUp a) {
   const int64_t blocks = std::min(sms, (units + teams - 1) / teams);
   a.at = gate_up_layout<S>(a.tokens, a.w.k, a.experts, a.chosen, count(teams));
   a.panels = a.f / 8, a.slabs = a.at.chunks / S::kChunks;
+  if constexpr (Plain) {
+    if (a.tokens == 1 && a.w.k % S::kWidth == 0 && a.slabs <= kTeam && a.experts <= kQuickExperts && a.chosen <= kQuickWarps && teams * kTeam >= kQuickWarps) {
+      launch(c, "moe_gate_up", moe_gate_up_one_k<W, Plain>, dim3(static_cast<unsigned>(blocks)), dim3(static_cast<unsigned>(teams * kTeam * 32)),
+             static_cast<size_t>(a.at.bytes), a);
+      return;
+    }
+  }
   launch(c, "moe_gate_up", moe_gate_up_few_k<W, Plain>, dim3(static_cast<unsigned>(blocks)), dim3(static_cast<unsigned>(teams * kTeam * 32)),
          static_cast<size_t>(a.at.bytes), a);
+}
+
+template <DType W, bool Plain, bool One>
+auto down_kernel(bool t16) {
+  return t16 ? moe_down_few_k<W, Plain, One, DType::INT8> : moe_down_few_k<W, Plain, One, DType::BF16>;
 }
 
 }  // namespace
@@ -705,7 +830,7 @@ void moe_few_down(const Context& c, const MoeDownArgs& args) {
   a.ids = args.ids.i32(), a.weights = args.weights.f32(), a.inner = args.inner.f32();
   a.w = make_matrix(args.experts.down(0), 16, 8), a.stride = args.experts.layout().stride;
   a.shared = args.shared.f32(), a.shared_scale = args.shared_scale.f32(), a.shared_w = make_matrix(args.shared_down, 16, 8), a.h = args.h.f32();
-  a.int8 = args.act == Act::INT8, a.shared_int8 = args.shared_act == Act::INT8, a.shared_t16 = shared == DType::INT8;
+  a.int8 = args.act == Act::INT8, a.shared_int8 = args.shared_act == Act::INT8;
   a.shared_warps = std::min(a.shared_slabs, kMaxSharedWarps), a.columns = std::min(a.tokens, kMaxColumns);
   auto bytes = [&] {
     return stages_bytes(a.choice_warps, a.shared_warps, a.columns) + result_bytes(a.tokens, a.chosen, a.slabs, a.shared_slabs);
@@ -715,10 +840,11 @@ void moe_few_down(const Context& c, const MoeDownArgs& args) {
   while (static_cast<size_t>(bytes()) > c.shared_max) a.choice_warps--;
   a.results = stages_bytes(a.choice_warps, a.shared_warps, a.columns), a.shared_results = a.results + a.tasks * kPanelRows * 4;
   a.h_at = a.shared_results + a.tokens * a.shared_slabs * kPanelRows * 4;
-  const auto kernel = plain(args.act, args.experts) ? moe_down_few_k<DType::INT4, true>
-                      : type == DType::INT4         ? moe_down_few_k<DType::INT4, false>
-                      : type == DType::INT8         ? moe_down_few_k<DType::INT8, false>
-                                                    : moe_down_few_k<DType::BF16, false>;
+  const bool t16 = shared == DType::INT8;
+  const auto kernel = plain(args.act, args.experts) ? (a.tokens == 1 && !a.shared_int8 && f == slab_width(type) ? down_kernel<DType::INT4, true, true>(t16) : down_kernel<DType::INT4, true, false>(t16))
+                      : type == DType::INT4         ? down_kernel<DType::INT4, false, false>(t16)
+                      : type == DType::INT8         ? down_kernel<DType::INT8, false, false>(t16)
+                                                    : down_kernel<DType::BF16, false, false>(t16);
   launch(c, "moe_down", kernel, dim3(static_cast<unsigned>(a.d / kPanelRows)),
          dim3(static_cast<unsigned>((a.choice_warps + a.shared_warps) * 32)), static_cast<size_t>(bytes()), a);
 }
