@@ -174,15 +174,11 @@ __global__ void __launch_bounds__(kThreads, 1) delta_net_few_k(const Delta a) {
     }
   }
   const float neg_a = a.neg_a[head], dt_bias = a.dt_bias[head];
+  if (tid < 4) touch(tid == 0 ? a.qkv : tid == 1 ? a.ba : tid == 2 ? a.o : reinterpret_cast<const float*>(a.step));
   wait_for_previous();
-  let_next_start();  // whose weights would come in the way of the state
 
   const int pos = a.step->pos;
   float4 s[Rows > 0 ? Rows : 1];
-  if constexpr (Rows > 0) {
-#pragma unroll
-    for (int i = 0; i < Rows; i++) s[i] = *s_row(i);
-  }
   for (int first = 0; first < (Rows > 0 ? 1 : a.tokens); first += Tokens) {
     const int my_token = first + kThreads - 1 - tid;  // the last threads have a token's gates
     const bool has_gate = my_token < min(first + Tokens, a.tokens);
@@ -196,6 +192,11 @@ __global__ void __launch_bounds__(kThreads, 1) delta_net_few_k(const Delta a) {
       if constexpr (Rows == 0) w[0] = taps(a, channel[0]), w[1] = taps(a, channel[1]), w[2] = taps(a, channel[2]);
       Inputs<3, Tokens> in;
       in.load(a, channel, pos, first);
+      if constexpr (Rows > 0) {  // loads are served in the order of asking, and these come from DRAM
+#pragma unroll
+        for (int i = 0; i < Rows; i++) s[i] = *s_row(i);
+      }
+      let_next_start();  // whose weights would have come in the way of these
       if (d == tid && has_gate) gate[kThreads - 1 - tid] = gates(b, decay, neg_a, dt_bias);
       in.choose(a, pos, first);
       const auto& x = in.x;
