@@ -99,7 +99,7 @@ struct Planes {
 struct Few {
   float* part;         // (chunks, tokens, H, DH)
   float2* stats;       // (tokens, H, chunks): m, l
-  uint32_t* counters;  // (HK), zero
+  uint32_t* counters;  // (HK, kHeadCounters), zero
   int first, tokens;   // the tokens of this launch
   int chunks;          // of the whole cache
   int slots;           // of the ring, 2..Cache::kSlots
@@ -146,38 +146,57 @@ __device__ __forceinline__ void store_query(const float* row, float scale, int g
   }
 }
 
+// What a warp needs first: a row of q, and where `fresh` the key and the value of one of the call's tokens (it has at most 8, a warp each).
+// Loads are served in the order of asking, so these are asked for before the tiles.
+struct Early {
+  HeadRow<kWidth> q, k;
+  float v[kWidth / 32];
+  __device__ __forceinline__ void load(const Attn& a, const Few& f, int head, bool fresh) {
+    const int warp = static_cast<int>(threadIdx.x >> 5), lane = static_cast<int>(threadIdx.x & 31), group = a.heads / a.kv_heads;
+    q.load(a, a.query(f.first, head * group + min(warp, group - 1)), a.q_norm);
+    if (!fresh || warp >= f.tokens) return;
+    k.load(a, a.key(f.first + warp, head), a.k_norm);
+#pragma unroll
+    for (int i = 0; i < kWidth / 32; i++) v[i] = a.value(f.first + warp, head)[32 * i + lane];
+  }
+};
+static_assert(kFewTokens <= kWarps);
+
 // q of all A tiles; new keys and values where `fresh`
 template <class Cache>
-__device__ __forceinline__ void prepare(const Attn& a, const Few& f, int head, int pos, int tiles, bool fresh, uint4* query, uint8_t* fresh_k,
-                                        uint8_t* fresh_v, float* rows) {
+__device__ __forceinline__ void prepare(const Attn& a, const Few& f, const Early& early, int head, int pos, int tiles, bool fresh, uint4* query,
+                                        uint8_t* fresh_k, uint8_t* fresh_v, float* rows) {
   const int warp = static_cast<int>(threadIdx.x >> 5), lane = static_cast<int>(threadIdx.x & 31);
   const int group = a.heads / a.kv_heads, per_token = (group + 7) / 8;
   float* row = rows + warp * kWidth;
+  HeadRow<kWidth> q = early.q;
   for (int r = warp; r < 8 * tiles; r += kWarps) {
     const int i = r >> 3, g = r & 7, t = i / per_token, h = i % per_token * 8 + g;
     if (h < group) {
-      norm_rotate<kWidth>(a, a.query(f.first + t, head * group + h), a.q_norm, pos + t, row);
+      if (r != warp) q.load(a, a.query(f.first + t, head * group + h), a.q_norm);
+      norm_rotate(a, q, pos + t, row);
       store_query<Cache>(row, a.q_scale, g, query + i * (kQueryBytes / 16));
     } else {
       for (int e = lane; e < 64; e += 32) query[i * (kQueryBytes / 16) + (e >> 2) * 32 + 4 * g + (e & 3)] = make_uint4(0, 0, 0, 0);
     }
     __syncwarp();
   }
-  if (!fresh) return;
-  const auto round = [&](const float* x, uint8_t* to) {  // as it is stored
+  if (!fresh || warp >= f.tokens) return;
+  const auto round = [&](uint8_t* to) {  // the row, as it is stored
     if constexpr (Cache::kCodes) {
-      quantise_row(x, kWidth, reinterpret_cast<int8_t*>(to), reinterpret_cast<uint16_t*>(to + Cache::kBytes));
+      quantise_row(row, kWidth, reinterpret_cast<int8_t*>(to), reinterpret_cast<uint16_t*>(to + Cache::kBytes));
     } else {
-      x += lane * 8;
+      const float* x = row + lane * 8;
       reinterpret_cast<uint4*>(to)[lane] = make_uint4(pack_bf16(x[0], x[1]), pack_bf16(x[2], x[3]), pack_bf16(x[4], x[5]), pack_bf16(x[6], x[7]));
     }
-  };
-  for (int t = warp; t < f.tokens; t += kWarps) {
-    round(a.value(f.first + t, head), fresh_v + t * Cache::kFreshBytes);
-    norm_rotate<kWidth>(a, a.key(f.first + t, head), a.k_norm, pos + t, row);
-    round(row, fresh_k + t * Cache::kFreshBytes);
     __syncwarp();
-  }
+  };
+#pragma unroll
+  for (int i = 0; i < kWidth / 32; i++) row[32 * i + lane] = early.v[i];
+  __syncwarp();
+  round(fresh_v + warp * Cache::kFreshBytes);
+  norm_rotate(a, early.k, pos + warp, row);
+  round(fresh_k + warp * Cache::kFreshBytes);
 }
 
 // Calls f(token, chunk) of 16 bytes for every chunk of every new row.
@@ -390,11 +409,98 @@ __device__ __forceinline__ void store_part(const Attn& a, const Few& f, int head
   }
 }
 
+// ---- the results of all chunks ----------------------------------------------------------------------------------------
+//
+// Blocks of a head meet when all have stored their parts; then each combines some of the outputs. They can wait for each other: the grid is no
+// larger than the device has multiprocessors, each of which has room for one, and a kernel that starts early starts when all of these have.
+//
+//   counters of a head   [0] chunks taken   [1] blocks that have stored   [2] blocks that have seen all of them
+//
+// A block stores its parts; the barrier orders that before the thread that makes them visible and counts to [1] (release). Who sees [1] full
+// (acquire) orders it before the loads behind the second barrier, which pass by the first-level cache. The last one to count to [2] zeroes all
+// three: nobody looks at them any more.
+
+constexpr int kHeadCounters = 3;
+struct Combine {  // shared memory, where the ring was
+  float4 sums[16][16];
+  float weight[kChunksMax], reduce[16];
+};
+static_assert(sizeof(Combine) <= 2 * Int8Cache::kSlotBytes);
+
+__device__ __forceinline__ void wait_for_parts(uint32_t* counters, uint32_t blocks) {
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    uint32_t seen;
+    __threadfence();
+    atomicAdd(counters + 1, 1u);
+    do asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(seen) : "l"(counters + 1) : "memory");
+    while (seen < blocks);
+    if (atomicAdd(counters + 2, 1u) == blocks - 1) counters[0] = counters[1] = counters[2] = 0;
+  }
+  __syncthreads();
+}
+
+// o = sum of 2^(m - M) o_chunk / sum of 2^(m - M) l_chunk. In turns of 64 dims of a row: 16 columns of 4 dims x 16 runs of every 16th chunk.
+__device__ __forceinline__ void combine(const Attn& a, const Few& f, int head, int rank, int blocks, Combine& s) {
+  const int group = a.heads / a.kv_heads, tid = static_cast<int>(threadIdx.x), column = tid & 15, run = tid >> 4;
+#pragma unroll 1
+  for (int turn = rank; turn < f.tokens * group * 4; turn += blocks) {
+    const int t = turn / (group * 4), h = head * group + turn / 4 % group, dim = turn % 4 * 64 + column * 4;
+    const int n = chunk_of(a.start() + f.first + t) + 1;
+    const float2* stats = f.stats + (static_cast<int64_t>(t) * a.heads + h) * f.chunks;
+    const float4* part = reinterpret_cast<const float4*>(f.part + (static_cast<int64_t>(t) * a.heads + h) * kWidth + dim);
+    const int64_t stride = static_cast<int64_t>(f.tokens) * a.heads * (kWidth / 4);
+    const float2 mine = tid < n ? __ldcg(stats + tid) : make_float2(-INFINITY, 0.f);
+    float4 v[4];  // the first parts: all is asked for at once
+#pragma unroll
+    for (int i = 0; i < 4; i++)
+      if (run + 16 * i < n) v[i] = __ldcg(part + (run + 16 * i) * stride);
+    float top = mine.x;
+#pragma unroll 1
+    for (int c = tid + kThreads; c < n; c += kThreads) top = fmaxf(top, __ldcg(stats + c).x);
+    top = warp_max(top);
+    if ((tid & 31) == 0) s.reduce[tid >> 5] = top;
+    __syncthreads();
+#pragma unroll
+    for (int w = 0; w < kWarps; w++) top = fmaxf(top, s.reduce[w]);
+    float all = 0;
+#pragma unroll 1
+    for (int c = tid; c < n; c += kThreads) {
+      const float2 stat = c == tid ? mine : __ldcg(stats + c);
+      const float w = exp2f(stat.x - top);
+      s.weight[c] = w;
+      all = fmaf(w, stat.y, all);
+    }
+    all = block_sum(all, s.reduce + 8);  // its barrier also makes the weights visible
+    float4 o = make_float4(0, 0, 0, 0);
+    const auto add = [&](int c, const float4& x) {
+      const float w = s.weight[c];
+      o.x = fmaf(w, x.x, o.x), o.y = fmaf(w, x.y, o.y), o.z = fmaf(w, x.z, o.z), o.w = fmaf(w, x.w, o.w);
+    };
+#pragma unroll
+    for (int i = 0; i < 4; i++)
+      if (run + 16 * i < n) add(run + 16 * i, v[i]);
+#pragma unroll 4
+    for (int c = run + 64; c < n; c += 16) add(c, __ldcg(part + c * stride));
+    s.sums[run][column] = o;
+    __syncthreads();
+    if (run == 0) {
+#pragma unroll 3
+      for (int r = 1; r < 16; r++) {
+        const float4 v = s.sums[r][column];
+        o.x += v.x, o.y += v.y, o.z += v.z, o.w += v.w;
+      }
+      *reinterpret_cast<float4*>(a.o + (static_cast<int64_t>(f.first + t) * a.heads + h) * kWidth + dim) =
+          make_float4(o.x / all, o.y / all, o.z / all, o.w / all);
+    }
+    __syncthreads();  // before the next turn's weights
+  }
+}
+
 // Grid: HK x blocks per head. Tiles: at least tokens * ceil(G/8).
 template <int Tiles, class Cache>
 __global__ __launch_bounds__(kThreads, 1) void attn_few_k(const Attn a, const Few f) {
   extern __shared__ __align__(128) uint8_t shared[];
-  let_next_start();
   const int warp = static_cast<int>(threadIdx.x >> 5), lane = static_cast<int>(threadIdx.x & 31), g = lane >> 2, t2 = 2 * (lane & 3);
   const int head = static_cast<int>(blockIdx.x) % a.kv_heads, rank = static_cast<int>(blockIdx.x) / a.kv_heads;
   const int blocks = static_cast<int>(gridDim.x) / a.kv_heads, group = a.heads / a.kv_heads, per_token = (group + 7) / 8;
@@ -407,6 +513,7 @@ __global__ __launch_bounds__(kThreads, 1) void attn_few_k(const Attn a, const Fe
   // queue[n % 8]: the n-th chunk of this block, counted from the last one; of n < known
   int *queue = reinterpret_cast<int*>(reinterpret_cast<uint8_t*>(prob) + work_bytes<Cache>(tiles)), &known = queue[kQueue];
   if (threadIdx.x == 0) queue[0] = rank, known = 1;
+  if (threadIdx.x < 3) touch(threadIdx.x == 0 ? a.qgkv : threadIdx.x == 1 ? f.part : reinterpret_cast<const float*>(a.step));
   wait_for_previous();
   const int pos = a.start() + f.first, end = pos + f.tokens, last = chunk_of(end - 1);
   if (rank > last) return;
@@ -432,7 +539,7 @@ __global__ __launch_bounds__(kThreads, 1) void attn_few_k(const Attn a, const Fe
           fill_key = chunk_begin(chunk), fill_stop = min(chunk_begin(chunk + 1), end);
         }
         if (fill_key + kTile >= fill_stop && threadIdx.x == 0)
-          taken = blocks + static_cast<int>(atomicAdd(f.counters + head, 1u)), asked = true;
+          taken = blocks + static_cast<int>(atomicAdd(f.counters + head * kHeadCounters, 1u)), asked = true;
         load_keys<Cache>(slot, cache, fill_key, pos);
       }
       copy_async_commit();
@@ -443,11 +550,14 @@ __global__ __launch_bounds__(kThreads, 1) void attn_few_k(const Attn a, const Fe
     if (asked) queue[(fill_item + 1) % kQueue] = taken, known = fill_item + 2, asked = false;
   };
 
+  Early early;
+  early.load(a, f, head, rank < 2);
   fill(0);
-  prepare<Cache>(a, f, head, pos, tiles, rank < 2, query, fresh_k, fresh_v, reinterpret_cast<float*>(prob));
+  prepare<Cache>(a, f, early, head, pos, tiles, rank < 2, query, fresh_k, fresh_v, reinterpret_cast<float*>(prob));
   __syncthreads();  // all have left fill(), which reads what publish() writes
   publish();
   __syncthreads();
+  let_next_start();  // what it prefetches would come in the way of the first tiles
   if (rank == 0) append<Cache>(cache, fresh_k, fresh_v, pos, f.tokens);
 
   int h = 0, slot = 0;
@@ -515,53 +625,9 @@ __global__ __launch_bounds__(kThreads, 1) void attn_few_k(const Attn a, const Fe
     }
     store_part<Tiles, Cache>(a, f, head, chunk, tiles, reduce, o, m, l);
   }
-}
-
-// o = sum of 2^(m - M) o_chunk / sum of 2^(m - M) l_chunk.   Grid: H x tokens x 4 (64 dims each), 256 threads: 16 columns of 4
-// dims x 16 runs of every 16th chunk.
-__global__ __launch_bounds__(256) void attn_combine_k(const Attn a, const Few f) {
-  __shared__ float weight[kChunksMax], reduce[16];
-  __shared__ float4 sums[16][16];
-  let_next_start();
-  wait_for_previous();
-  const int h = static_cast<int>(blockIdx.x), t = static_cast<int>(blockIdx.y), tid = static_cast<int>(threadIdx.x);
-  const int n = chunk_of(a.start() + f.first + t) + 1;
-  if (blockIdx.y == 0 && blockIdx.z == 0 && tid == 0 && h < a.kv_heads) f.counters[h] = 0;
-  const float2* stats = f.stats + (static_cast<int64_t>(t) * a.heads + h) * f.chunks;
-  float top = -INFINITY;
-  for (int c = tid; c < n; c += 256) top = fmaxf(top, stats[c].x);
-  top = warp_max(top);
-  if ((tid & 31) == 0) reduce[tid >> 5] = top;
-  __syncthreads();
-#pragma unroll
-  for (int w = 0; w < 8; w++) top = fmaxf(top, reduce[w]);
-  float all = 0;
-  for (int c = tid; c < n; c += 256) {
-    const float2 s = stats[c];
-    const float w = exp2f(s.x - top);
-    weight[c] = w;
-    all += w * s.y;
-  }
-  all = block_sum(all, reduce + 8);  // its barrier also makes the weights visible
-  const int column = tid & 15, run = tid >> 4, dim = static_cast<int>(blockIdx.z) * 64 + column * 4;
-  const float* part = f.part + (static_cast<int64_t>(t) * a.heads + h) * kWidth + dim;
-  const int64_t stride = static_cast<int64_t>(f.tokens) * a.heads * kWidth;
-  float4 o = make_float4(0, 0, 0, 0);
-#pragma unroll 8
-  for (int c = run; c < n; c += 16) {
-    const float4 v = *reinterpret_cast<const float4*>(part + c * stride);
-    const float w = weight[c];
-    o.x += w * v.x, o.y += w * v.y, o.z += w * v.z, o.w += w * v.w;
-  }
-  sums[run][column] = o;
-  __syncthreads();
-  if (run) return;
-  for (int r = 1; r < 16; r++) {
-    const float4 v = sums[r][column];
-    o.x += v.x, o.y += v.y, o.z += v.z, o.w += v.w;
-  }
-  const float4 result = make_float4(o.x / all, o.y / all, o.z / all, o.w / all);
-  *reinterpret_cast<float4*>(a.o + (static_cast<int64_t>(f.first + t) * a.heads + h) * kWidth + dim) = result;
+  const int taking = min(blocks, last + 1);  // blocks that have a chunk
+  wait_for_parts(f.counters + head * kHeadCounters, static_cast<uint32_t>(taking));
+  combine(a, f, head, rank, taking, *reinterpret_cast<Combine*>(shared));
 }
 
 // ---- exact ------------------------------------------------------------------------------------------------------------
@@ -596,7 +662,7 @@ __global__ __launch_bounds__(64) void attn_append_k(const Attn a) {
       for (int i = lane; i < a.width; i += 32) store_rounded(to + i, x[i]);
   };
   if (threadIdx.x < 32) {
-    norm_rotate<0>(a, a.key(t, head), a.k_norm, pos, row);
+    norm_rotate(a, a.key(t, head), a.k_norm, pos, row);
     store(row, static_cast<Stored*>(a.k_cache) + head * a.k_stride + at, a.k_scales + head * a.k_scales_stride + scales_at);
   } else {
     store(a.value(t, head), static_cast<Stored*>(a.v_cache) + head * a.v_stride + at, a.v_scales + head * a.v_scales_stride + scales_at);
@@ -613,7 +679,7 @@ __global__ __launch_bounds__(256, 1) void attn_exact_k(const Attn a) {
   const int h = static_cast<int>(blockIdx.x) % a.heads, t = static_cast<int>(blockIdx.x) / a.heads, head = h / (a.heads / a.kv_heads);
   const int warp = static_cast<int>(threadIdx.x >> 5), lane = static_cast<int>(threadIdx.x & 31), slices = a.width / 32;
   const int pos = a.start() + t, keys = pos + 1;
-  if (warp == 0) norm_rotate<0>(a, a.query(t, h), a.q_norm, pos, row);
+  if (warp == 0) norm_rotate(a, a.query(t, h), a.q_norm, pos, row);
   __syncthreads();
   const int groups = static_cast<int>(kv_groups(a.width));
   const Rows<Stored> k{static_cast<const Stored*>(a.k_cache) + head * a.k_stride, a.k_scales + head * a.k_scales_stride, a.width, groups};
@@ -683,12 +749,11 @@ int few_tiles(const Context& ctx) {
   return tiles;
 }
 
-// Two kernels per launch: partial results, and their combination by as many blocks as it takes to read them in a microsecond (the
-// last block to arrive would read half a megabyte alone). Tokens that do not fit at once follow in a second pair. False: none fits.
+// Tokens that do not fit at once follow in a second launch. False: none fits.
 template <class Cache>
 bool few(const Context& ctx, Attn a) {
   const int per_token = (a.heads / a.kv_heads + 7) / 8, at_once = few_tiles<Cache>(ctx) / per_token;
-  if (at_once == 0) return false;
+  if (at_once == 0 || a.kv_heads * kHeadCounters > kCounters) return false;
   a.q_scale *= kLog2e;
   Scratch s(ctx);
   Few f;
@@ -707,7 +772,6 @@ bool few(const Context& ctx, Attn a) {
     if (tiles == 1) launch(ctx, "attention", attn_few_k<1, Cache>, grid, kThreads, bytes, a, f);
     else if (tiles <= 4) launch(ctx, "attention", attn_few_k<4, Cache>, grid, kThreads, bytes, a, f);
     else launch(ctx, "attention", attn_few_k<8, Cache>, grid, kThreads, bytes, a, f);
-    launch(ctx, "attention", attn_combine_k, dim3(static_cast<unsigned>(a.heads), static_cast<unsigned>(f.tokens), 4), 256, 0, a, f);
   }
   return true;
 }

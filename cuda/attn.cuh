@@ -69,44 +69,56 @@ __device__ __forceinline__ float2 rotation(int pos, float freq, float scale) {
   return make_float2(c * scale, s * scale);
 }
 
-// row (shared, DH, of this warp) = x / rms(x) * w1, then dims (i, i + half) rotated. Width 0: a.width.
+// What a lane needs of a row of q or k: every 32nd value, norm weight, and of the first `half` the frequency. Loaded at once.
 template <int Width>
-__device__ __forceinline__ void norm_rotate(const Attn& a, const float* x, const float* w1, int pos, float* row) {
-  const int lane = static_cast<int>(threadIdx.x & 31), width = Width ? Width : a.width;
-  constexpr int kEach = Width / 32 ? Width / 32 : 1, kTurns = (kEach + 1) / 2;
-  float v[kEach], w[kEach], sum = 0;
-  float2 turn[kTurns];
-  if constexpr (Width != 0) {  // all loads at once
+struct HeadRow {
+  static constexpr int kEach = Width / 32, kTurns = (kEach + 1) / 2;
+  float v[kEach], w[kEach], freq[kTurns];
+  __device__ __forceinline__ void load(const Attn& a, const float* x, const float* w1) {
+    const int lane = static_cast<int>(threadIdx.x & 31);
 #pragma unroll
     for (int i = 0; i < kEach; i++) v[i] = x[32 * i + lane], w[i] = w1[32 * i + lane];
 #pragma unroll
-    for (int i = 0; i < kTurns; i++)
-      if (32 * i + lane < a.half) turn[i] = rotation(pos, a.inv_freq[32 * i + lane], a.rope_scale);
-#pragma unroll
-    for (int i = 0; i < kEach; i++) sum = fmaf(v[i], v[i], sum);
-  } else {
-    for (int i = lane; i < width; i += 32) sum = fmaf(x[i], x[i], sum);
+    for (int i = 0; i < kTurns; i++) freq[i] = 32 * i + lane < a.half ? a.inv_freq[32 * i + lane] : 0.f;
   }
-  const float r = 1.f / sqrtf(warp_sum(sum) / static_cast<float>(width) + a.eps);
-  if constexpr (Width != 0) {
+};
+
+__device__ __forceinline__ void rotate(const Attn& a, float* row, int i, float2 turn) {
+  const float lo = row[i], hi = row[i + a.half];
+  row[i] = fmaf(-hi, turn.y, lo * turn.x);  // contracted by hand: all kernels get the same bits
+  row[i + a.half] = fmaf(lo, turn.y, hi * turn.x);
+}
+
+// row (shared, DH, of this warp) = x / rms(x) * w1, then dims (i, i + half) rotated.
+template <int Width>
+__device__ __forceinline__ void norm_rotate(const Attn& a, const HeadRow<Width>& x, int pos, float* row) {
+  using Row = HeadRow<Width>;
+  const int lane = static_cast<int>(threadIdx.x & 31);
+  float2 turn[Row::kTurns];
+  float sum = 0;
 #pragma unroll
-    for (int i = 0; i < kEach; i++) row[32 * i + lane] = v[i] * r * w[i];
-  } else {
-    for (int i = lane; i < width; i += 32) row[i] = x[i] * r * w1[i];
-  }
+  for (int i = 0; i < Row::kTurns; i++)
+    if (32 * i + lane < a.half) turn[i] = rotation(pos, x.freq[i], a.rope_scale);
+#pragma unroll
+  for (int i = 0; i < Row::kEach; i++) sum = fmaf(x.v[i], x.v[i], sum);
+  const float r = 1.f / sqrtf(warp_sum(sum) / static_cast<float>(Width) + a.eps);
+#pragma unroll
+  for (int i = 0; i < Row::kEach; i++) row[32 * i + lane] = x.v[i] * r * x.w[i];
   __syncwarp();
-  const auto rotate = [&](int i, float2 cs) {
-    const float lo = row[i], hi = row[i + a.half];
-    row[i] = fmaf(-hi, cs.y, lo * cs.x);  // contracted by hand: all kernels get the same bits
-    row[i + a.half] = fmaf(lo, cs.y, hi * cs.x);
-  };
-  if constexpr (Width != 0) {
 #pragma unroll
-    for (int i = 0; i < kTurns; i++)
-      if (32 * i + lane < a.half) rotate(32 * i + lane, turn[i]);
-  } else {
-    for (int i = lane; i < a.half; i += 32) rotate(i, rotation(pos, a.inv_freq[i], a.rope_scale));
-  }
+  for (int i = 0; i < Row::kTurns; i++)
+    if (32 * i + lane < a.half) rotate(a, row, 32 * i + lane, turn[i]);
+  __syncwarp();
+}
+// The same of any width
+__device__ __forceinline__ void norm_rotate(const Attn& a, const float* x, const float* w1, int pos, float* row) {
+  const int lane = static_cast<int>(threadIdx.x & 31);
+  float sum = 0;
+  for (int i = lane; i < a.width; i += 32) sum = fmaf(x[i], x[i], sum);
+  const float r = 1.f / sqrtf(warp_sum(sum) / static_cast<float>(a.width) + a.eps);
+  for (int i = lane; i < a.width; i += 32) row[i] = x[i] * r * w1[i];
+  __syncwarp();
+  for (int i = lane; i < a.half; i += 32) rotate(a, row, i, rotation(pos, a.inv_freq[i], a.rope_scale));
   __syncwarp();
 }
 

@@ -66,7 +66,9 @@ __device__ __forceinline__ void load_queries(const Attn& a, int head, int first,
     const int t = first + r / group;
     uint4 h = make_uint4(0, 0, 0, 0), l = h;
     if (t < stop) {
-      norm_rotate<kWidth>(a, a.query(t, head * group + r % group), a.q_norm, pos + t, row);
+      HeadRow<kWidth> q;
+      q.load(a, a.query(t, head * group + r % group), a.q_norm);
+      norm_rotate(a, q, pos + t, row);
       const float4 x = reinterpret_cast<const float4*>(row)[2 * lane], y = reinterpret_cast<const float4*>(row)[2 * lane + 1];
       split_bf16(x.x * a.q_scale, x.y * a.q_scale, h.x, l.x);
       split_bf16(x.z * a.q_scale, x.w * a.q_scale, h.y, l.y);
