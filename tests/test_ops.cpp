@@ -373,9 +373,10 @@ std::vector<Case> table() {
   // Widths of the real model, where fast kernels cut K among all their warps
   for (Format f : {Format{DType::BF16, 0}, {DType::INT8, 128}})
     for (int64_t t : {1, 3}) {
-      moe_cases(c, {DType::INT4, 128}, f, Act::BF16, t, 11, 10, t == 3 ? 1152 : 2048, 256, 256);
+      moe_cases(c, {DType::INT4, 128}, f, Act::BF16, t, 11, 10, t == 3 ? 1152 : 2048, t == 3 ? 256 : 512, 256);
       gated_cases(c, f, Act::BF16, t, 32, 128, 32);
     }
+  moe_cases(c, {DType::INT4, 128}, {DType::BF16, 0}, Act::BF16, 1, 40, 10, 512, 384, 256);  // more candidates than a warp has lanes
   for (DType conv : {DType::F32, DType::BF16}) {
     for (int64_t t : {1, 2, 3, 4, 5, 8, 63, 64, 65, 127}) delta_case(c, 0, t, 2, 4, 128, 128, conv);
     for (int pos : {1, 2, 3, 4, 61, 64}) delta_case(c, pos, pos % 2 ? 1 : 67, 1, 2, 128, 128, conv);
