@@ -411,8 +411,10 @@ __device__ __forceinline__ void store_part(const Attn& a, const Few& f, int head
 
 // ---- the results of all chunks ----------------------------------------------------------------------------------------
 //
-// Blocks of a head meet when all have stored their parts; then each combines some of the outputs. They can wait for each other: the grid is no
-// larger than the device has multiprocessors, each of which has room for one, and a kernel that starts early starts when all of these have.
+// Blocks of a head meet when all have stored their parts; then each combines some of the outputs. They can wait for each other: a grid of more
+// than one block for each head is no larger than the device has multiprocessors, each of which has room for one; a kernel that starts early
+// starts when all of these have, and those before wait for nothing later. That holds on a GPU whose time slices this process has to itself:
+// not beside a kernel of this kind on another stream of the same context, or another process under MPS. One device object has one stream.
 //
 //   counters of a head   [0] chunks taken   [1] blocks that have stored   [2] blocks that have seen all of them
 //
@@ -513,7 +515,7 @@ __global__ __launch_bounds__(kThreads, 1) void attn_few_k(const Attn a, const Fe
   // queue[n % 8]: the n-th chunk of this block, counted from the last one; of n < known
   int *queue = reinterpret_cast<int*>(reinterpret_cast<uint8_t*>(prob) + work_bytes<Cache>(tiles)), &known = queue[kQueue];
   if (threadIdx.x == 0) queue[0] = rank, known = 1;
-  if (threadIdx.x < 3) touch(threadIdx.x == 0 ? a.qgkv : threadIdx.x == 1 ? f.part : reinterpret_cast<const float*>(a.step));
+  if (threadIdx.x < 3) prefetch_l2(threadIdx.x == 0 ? a.qgkv : threadIdx.x == 1 ? f.part : reinterpret_cast<const float*>(a.step));
   wait_for_previous();
   const int pos = a.start() + f.first, end = pos + f.tokens, last = chunk_of(end - 1);
   if (rank > last) return;

@@ -5,7 +5,7 @@
 // of the one before has called let_next_start(), and must call wait_for_previous() before it touches anything that is not a
 // weight. After that wait the kernel before is complete and its writes are visible; as that one waited too, so is everything
 // earlier. Hence two rules: EVERY kernel of this folder calls wait_for_previous() in every thread, also where it has little to
-// read, and before it only weights may be loaded (nothing stored). let_next_start() comes as soon as a
+// read, and before it only weights may be loaded, and nothing stored (prefetch_l2() reads no value and is allowed). let_next_start() comes as soon as a
 // kernel's own loads from DRAM are on their way: earlier, and what the next one prefetches delays them (measured: 3 % of a token).
 // Where the architecture lacks it both are nothing, and kernels start when the one before has ended.
 #pragma once
@@ -69,17 +69,13 @@ __device__ __forceinline__ void copy_async_wait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(Pending) : "memory");
 }
 
-// The same for weights; bytes 16, or 0: nothing is read and zeros are stored. What has been waited for may be read by the lane that
-// copied it, and after __syncwarp() by the others of its warp.
-__device__ __forceinline__ void copy_weights_async16(void* shared, const void* global, int bytes) {
-  asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(static_cast<uint32_t>(__cvta_generic_to_shared(shared))), "l"(global), "r"(bytes)
-               : "memory");
-}
+// Reads no value. Of what will be read after wait_for_previous() it also finds out where that is in memory, for a multiprocessor that has not
+// been there for a while.
 __device__ __forceinline__ void prefetch_l2(const void* p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(p)); }
 
 // ---- copies that arrive at a barrier ------------------------------------------------------------------------------------
 //
-// A warp fills a buffer in shared memory, others wait for it:
+// A warp fills a buffer in shared memory with fill(), others wait for it with wait_barrier().
 //
 // From sm_90 on a lane copies any multiple of 16 bytes with one instruction, past the registers and the units that other loads and
 // stores go through: a kernel that fetches weights does not hold up what else runs on its multiprocessor. Before, lanes copy 16 bytes each.
@@ -102,7 +98,7 @@ __device__ __forceinline__ void publish_barriers() {
 __device__ __forceinline__ void arrive(Barrier* b) {
   asm volatile("{\n.reg .b64 t;\nmbarrier.arrive.shared.b64 t, [%0];\n}" ::"r"(shared_address(b)) : "memory");
 }
-// Until the phase of this parity has ended; the phase before the first counts as one of parity 1.
+// By a whole warp: until the phase of this parity has ended; the phase before the first counts as one of parity 1.
 __device__ __forceinline__ void wait_barrier(const Barrier* b, uint32_t parity) {
   uint32_t done = 0;
   while (!done)
@@ -114,6 +110,7 @@ __device__ __forceinline__ void wait_barrier(const Barrier* b, uint32_t parity) 
                  : "=r"(done)
                  : "r"(shared_address(b)), "r"(parity)
                  : "memory");
+  __syncwarp();  // lanes leave one by one
 }
 struct Piece {  // both ends aligned to 16, bytes a multiple of 16
   uint8_t* to;
@@ -141,13 +138,6 @@ __device__ __forceinline__ void fill(Barrier* full, int n, F piece) {
     for (uint32_t at = lane * 16; at < p.bytes; at += 512) copy_async16(p.to + at, p.from + at);
   }
   asm volatile("cp.async.mbarrier.arrive.noinc.shared.b64 [%0];" ::"r"(shared_address(full)) : "memory");
-#endif
-}
-
-// Before wait_for_previous(): where that is in memory, for a multiprocessor that has not been there for a while. Reads no value.
-__device__ __forceinline__ void touch(const void* p) {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-  asm volatile("prefetch.global.L2 [%0];" ::"l"(p));
 #endif
 }
 

@@ -50,7 +50,9 @@ class CudaDevice final : public Device {
     if (p.major < 8) fail("--device cuda:%d: %s has compute capability %d.%d, expected 8.0 or later; use --device cpu", index, p.name, p.major, p.minor);
     name_ = format("cuda:%d (%s)", index, p.name);
     context_.sms = p.multiProcessorCount;
-    context_.overlap = p.major >= 9;
+    cudaFuncAttributes code{};
+    cuda::check(cudaFuncGetAttributes(&code, read_k), "cudaFuncGetAttributes");
+    context_.overlap = p.major >= 9 && code.ptxVersion >= 90;  // code for older architectures does not wait for what it overlaps
     context_.shared_max = p.sharedMemPerBlockOptin;
     cuda::check(cudaStreamCreateWithFlags(&context_.stream, cudaStreamNonBlocking), "cudaStreamCreate");
     check_blas(cublasCreate(&context_.blas), "cublasCreate");

@@ -116,18 +116,6 @@ __device__ __forceinline__ float inverse_norm(float squares) { return rsqrtf(squ
 
 // ---- few tokens ---------------------------------------------------------------------------------------------------------
 
-// Brings state and ring to the L2 cache, before wait_for_previous(). That reads no value, and the L2 cache is where all
-// multiprocessors meet: a line that an earlier kernel writes later is not stale there. Loading S into registers that early cannot
-// be shown to be right. A kernel may start when all blocks of the one before have started, that one when all blocks of the one
-// before it had, and so on; a block leaves only after its own wait. So all unfinished kernels are resident at once, and nothing
-// but the room for their blocks bounds how many. The last call that wrote S is some 290 kernels back in a large model, but a few
-// in a small one, and the very kernel before when a test calls this operation twice.
-__device__ __forceinline__ void prefetch(const float* p) {  // the 32 bytes there
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-  asm volatile("prefetch.global.L2 [%0];" ::"l"(p));
-#endif
-}
-
 // x[j] of 16 lanes -> lane l: the sum over them of x[l / 2 % 8]. Whatever j, its terms are added in the same order.
 __device__ __forceinline__ float sum_of_8_over_16_lanes(float (&x)[8], int lane) {
 #pragma unroll
@@ -142,6 +130,12 @@ __device__ __forceinline__ float sum_of_8_over_16_lanes(float (&x)[8], int lane)
   return x[0] + __shfl_xor_sync(0xffffffffu, x[0], 1);
 }
 
+// State and ring are brought to the L2 cache before wait_for_previous(). That reads no value, and the L2 cache is where all
+// multiprocessors meet: a line that an earlier kernel writes later is not stale there. Loading S into registers that early cannot
+// be shown to be right. A kernel may start when all blocks of the one before have started, that one when all blocks of the one
+// before it had, and so on; a block leaves only after its own wait. So all unfinished kernels are resident at once, and nothing
+// but the room for their blocks bounds how many. The last call that wrote S is some 290 kernels back in a large model, but a few
+// in a small one, and the very kernel before when a test calls this operation twice.
 // Grid: DV / 32 x GV. Rows > 0: DK / 16, S in registers, at most Tokens tokens. Rows 0: any DK, S in global memory, any number of
 // tokens, Tokens at a time.
 template <int Rows, int Tokens>
@@ -167,14 +161,14 @@ __global__ void __launch_bounds__(kThreads, 1) delta_net_few_k(const Delta a) {
     static_assert(16 * Rows == kThreads, "a thread convolves one q and one k");
     w[0] = taps(a, q0 + tid), w[1] = taps(a, k0 + tid), w[2] = taps(a, v0 + my_column);
 #pragma unroll
-    for (int i = 0; i < kColumns; i += 8) prefetch(a.state + (static_cast<int64_t>(head) * dk + tid) * a.dv + column + i);
+    for (int i = 0; i < kColumns; i += 8) prefetch_l2(a.state + (static_cast<int64_t>(head) * dk + tid) * a.dv + column + i);
     if (a.slots == 4) {  // warp: slot
-      prefetch(a.ring + warp * a.channels() + (lane < 16 ? q0 : k0) + 8 * low);
-      if (lane < kColumns / 8) prefetch(a.ring + warp * a.channels() + v0 + 8 * lane);
+      prefetch_l2(a.ring + warp * a.channels() + (lane < 16 ? q0 : k0) + 8 * low);
+      if (lane < kColumns / 8) prefetch_l2(a.ring + warp * a.channels() + v0 + 8 * lane);
     }
   }
   const float neg_a = a.neg_a[head], dt_bias = a.dt_bias[head];
-  if (tid < 4) touch(tid == 0 ? a.qkv : tid == 1 ? a.ba : tid == 2 ? a.o : reinterpret_cast<const float*>(a.step));
+  if (tid < 4) prefetch_l2(tid == 0 ? a.qkv : tid == 1 ? a.ba : tid == 2 ? a.o : reinterpret_cast<const float*>(a.step));
   wait_for_previous();
 
   const int pos = a.step->pos;

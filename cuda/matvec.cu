@@ -7,9 +7,9 @@
 //   chunk    | units of warp 0 | units of warp 1 | ... | of warp 7 |     a unit is what a warp computes at once: BF16 64 k, else 128 k
 //   BF16     512 k: 16 rows of 1 KB, each with 64 bytes of padding       INT8 1024 k, INT4 2048 k: tiles, then the scales of the groups
 //
-//   a ninth warp, the producer, keeps all slots full, from before wait_for_previous() on: weights stream in while the kernel before ends
-//   and while the prologue computes the norm. full[slot]: a chunk is there; empty[slot]: all 8 warps have used it.
-//   After the last chunk of a panel 16 T threads add the 8 results.
+//   a ninth warp, the producer, fills the slots from before wait_for_previous() on, then keeps them full: weights stream in while the kernel
+//   before ends and while the prologue computes the norm. full[slot]: a chunk is there; empty[slot]: all 8 warps have used it.
+//   After the last chunk of a panel a thread for each output adds the 8 results.
 //
 // A block that has a multiprocessor to itself needs no more warps than that, and leaves room for what comes next to begin.
 //
@@ -159,10 +159,10 @@ __device__ __forceinline__ void produce(const Matvec& m, uint8_t* shared) {
 // total += sum * (scales of the two rows) * (scales of the two tokens)
 template <Act A>
 __device__ __forceinline__ void flush(float (&total)[4], float (&sum)[4], float lo, float hi, float2 x) {
-  const float s[4] = {lo * sum[0], lo * sum[1], hi * sum[2], hi * sum[3]};
 #pragma unroll
   for (int i = 0; i < 4; i++) {
-    total[i] += A == Act::INT8 ? s[i] * (i % 2 ? x.y : x.x) : s[i];
+    const float scale = i < 2 ? lo : hi;  // fmaf: one token and several, which are instances of their own, must round alike
+    total[i] = A == Act::INT8 ? fmaf(scale * sum[i], i % 2 ? x.y : x.x, total[i]) : fmaf(scale, sum[i], total[i]);
     sum[i] = 0;
   }
 }
@@ -211,8 +211,8 @@ __device__ __forceinline__ void multiply(float (&total)[4], const uint8_t* unit,
         if ((i + 1) * 32 & ((1 << shift) - 1)) continue;
         const uint16_t* s = scales + (((i + 1) * 32 >> shift) - 1) * kPanelRows + g;
         const float lo = half_bits_to_float(s[0]), hi = half_bits_to_float(s[8]);
-        total[0] += lo * (x_scale.x * ((sum[0] - of0) + more[0])), total[1] += lo * (x_scale.y * ((sum[1] - of1) + more[1]));
-        total[2] += hi * (x_scale.x * ((sum[2] - of0) + more[2])), total[3] += hi * (x_scale.y * ((sum[3] - of1) + more[3]));
+        total[0] = fmaf(lo, x_scale.x * ((sum[0] - of0) + more[0]), total[0]), total[1] = fmaf(lo, x_scale.y * ((sum[1] - of1) + more[1]), total[1]);
+        total[2] = fmaf(hi, x_scale.x * ((sum[2] - of0) + more[2]), total[2]), total[3] = fmaf(hi, x_scale.y * ((sum[3] - of1) + more[3]), total[3]);
 #pragma unroll
         for (int j = 0; j < 4; j++) sum[j] = more[j] = 0;
         of0 = of1 = 0;
@@ -338,7 +338,7 @@ __global__ void __launch_bounds__(kThreads, 2) matvec_k(const __grid_constant__ 
   Barrier *full = reinterpret_cast<Barrier*>(shared + m.barriers), *empty = full + kMaxSlots;
   const int warp = warp_index();
   const bool once = m.tasks <= static_cast<int>(gridDim.x);
-  if (m.in.k % unit_k(W))  // the last unit of a row ends in what lay there before: x is zero there, but not a number times zero is not
+  if (m.in.k % unit_k(W))  // the last unit of a row ends in what lay there before, at least finite: x is zero there, but not a number times zero is not
     for (int i = static_cast<int>(threadIdx.x); i < m.slots * slot_bytes(W) / 16; i += kThreads) memory[i] = uint4{};
   if (threadIdx.x < 2 * kMaxSlots) init_barrier(full + threadIdx.x, threadIdx.x < kMaxSlots ? kFillArrivals : kWarps);
   publish_barriers();
@@ -350,7 +350,7 @@ __global__ void __launch_bounds__(kThreads, 2) matvec_k(const __grid_constant__ 
     return;
   }
   prefetch_norms(m.in);
-  if (threadIdx.x < 3) touch(threadIdx.x == 0 || (threadIdx.x == 1 && !m.in.b) ? m.in.a : threadIdx.x == 1 ? m.in.b : m.y);
+  if (threadIdx.x < 3) prefetch_l2(threadIdx.x == 0 || (threadIdx.x == 1 && !m.in.b) ? m.in.a : threadIdx.x == 1 ? m.in.b : m.y);
   wait_for_previous();
   prologue<W, A, Quick>(m, shared);
   sync_matvec();
@@ -371,7 +371,7 @@ __global__ void __launch_bounds__(kThreads, 2) matvec_k(const __grid_constant__ 
     float* y = m.y + out * m.ldy + n;
     const float old = mine && m.store == Store::Add ? *y : 0.f;
 
-    if (!once && task + static_cast<int>(gridDim.x) >= m.panels) let_next_start();  // it takes microseconds to
+    if (!once && task + static_cast<int>(gridDim.x) >= m.panels) let_next_start();  // starting takes microseconds
     float total[4] = {};
 #pragma unroll 1
     for (int c = 0; c < m.chunks; c++, at.next(m.slots)) {

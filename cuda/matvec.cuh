@@ -186,7 +186,7 @@ __device__ __forceinline__ void quick_quads(const Input& in, float* squares, Sin
   const int tid = static_cast<int>(threadIdx.x), lane = tid % 32, warp = tid / 32;
   const bool gates = in.mix == Mix::GatedNorm || in.mix == Mix::Gate;
   const float4 head = in.mix == Mix::GatedNorm ? load4(in.w + 4 * lane) : float4{1, 1, 1, 1};
-  auto square = [](float4 v) { return v.x * v.x + v.y * v.y + v.z * v.z + v.w * v.w; };
+  auto square = [](float4 v) { return fmaf(v.x, v.x, fmaf(v.y, v.y, fmaf(v.z, v.z, v.w * v.w))); };  // all instances round alike
 #pragma unroll 1
   for (int t = 0; t < in.tokens; t++) {
     const float* a = in.a + t * in.lda + 4 * tid;

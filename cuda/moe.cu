@@ -184,7 +184,7 @@ __device__ __forceinline__ float store_rounded(float4 v, bool int8, uint16_t* to
   return scale;
 }
 
-// 16 rows x kWidth columns of a matrix, in shared memory of one warp: each lane copies its fragments itself. What lies beyond K is
+// 16 rows x kWidth columns of a matrix, in shared memory of one warp; with copy() each lane copies its fragments itself. What lies beyond K is
 // zero, and so must be x there. Plain: groups of 128 and activations without scales, the case that is made to be fast.
 template <DType W, bool Plain>
 struct Slab {
@@ -280,12 +280,12 @@ struct Slab {
     int4_fragment<2>(v, a), mma_16816(sum[0], a, c.x, c.y);
     int4_fragment<3>(v, a), mma_16816(sum[1], a, c.z, c.w);
   }
-  // The end of a group: rows times their scale, columns times theirs
+  // The end of a group: rows times their scale, columns times theirs. All kernels round alike.
   __device__ __forceinline__ static void add(float2 row, float s0, float s1, float (&sum)[2][4], float (&total)[4]) {
-    total[0] += row.x * s0 * (sum[0][0] + sum[1][0]);
-    total[1] += row.x * s1 * (sum[0][1] + sum[1][1]);
-    total[2] += row.y * s0 * (sum[0][2] + sum[1][2]);
-    total[3] += row.y * s1 * (sum[0][3] + sum[1][3]);
+    total[0] = fmaf(row.x * s0, sum[0][0] + sum[1][0], total[0]);
+    total[1] = fmaf(row.x * s1, sum[0][1] + sum[1][1], total[1]);
+    total[2] = fmaf(row.y * s0, sum[0][2] + sum[1][2], total[2]);
+    total[3] = fmaf(row.y * s1, sum[0][3] + sum[1][3], total[3]);
 #pragma unroll
     for (int i = 0; i < 4; i++) sum[0][i] = sum[1][i] = 0;
   }
@@ -309,7 +309,7 @@ GateUpLayout gate_up_layout(int tokens, int k, int experts, int chosen, int team
   const int width = static_cast<int>(round_up(k, S::kWidth));
   l.chunks = width / kActGroup, l.pitch = width + S::kPad;
   l.slabs = 0;                                                    // (teams, kTeam) Slab
-  l.part = teams * kTeam * S::kBytes;                             // (teams, 2, kTeam, 32) float4: results of the warps, two rounds
+  l.part = teams * kTeam * S::kBytes;                             // (teams, 2, kTeam, 32) float4: results of the warps, two rounds; of one token (.., 8) float2
   l.x = l.part + teams * 2 * kTeam * 32 * 16;                     // (T, pitch) bf16 or codes
   l.list = l.x + tokens * l.pitch * 2;                            // (T, 32) Candidate
   l.scales = l.list + tokens * 32 * static_cast<int>(sizeof(Candidate));  // (T, chunks)
@@ -454,11 +454,10 @@ __global__ void __launch_bounds__(kMaxTeams * kTeam * 32, 1) moe_gate_up_few_k(c
 }
 
 // One token of the usual shape: K up to 2048 in whole slabs, up to 512 experts, at least 16 warps and no more choices than that. A thread has a
-// logit, and all warps choose together: at least `chosen` of their maxima are not below the chosen-th largest of these, so the answer is
+// logit, and all warps choose together (fast when more warps than choices have experts): at least `chosen` of their maxima are not below the chosen-th largest of these, so the answer is
 // among the logits from there on. A team's panel comes in one piece. Small code, as of matvec_k.
-template <DType W, bool Plain>
 __global__ void __launch_bounds__(kMaxTeams * kTeam * 32, 1) moe_gate_up_one_k(const GateUp a) {
-  using S = Slab<W, Plain>;
+  using S = Slab<DType::INT4, true>;
   extern __shared__ __align__(16) uint8_t shared[];
   __shared__ __align__(16) uint32_t maxima[kQuickWarps];
   __shared__ int candidates;
@@ -470,14 +469,13 @@ __global__ void __launch_bounds__(kMaxTeams * kTeam * 32, 1) moe_gate_up_one_k(c
   const bool leads = part == team % kTeam;  // asks for the team's panels; that of the next team runs on another scheduler
   if (tid == 0) candidates = 0;
   if (tid < teams) init_barrier(full + tid, kFillArrivals), publish_barriers();
-  if (tid < 3) touch(tid == 0 ? a.logits : tid == 1 ? a.x : a.inner);
+  if (tid < 3) prefetch_l2(tid == 0 ? a.logits : tid == 1 ? a.x : a.inner);
   wait_for_previous();
   const float logit = tid < a.experts ? a.logits[tid] : 0.f;
 #pragma unroll 1
   for (int c = warp; c < a.at.chunks; c += teams * kTeam) {
     const float4 v = load4(a.x + c * kActGroup + 4 * lane);
-    const float scale = store_rounded<W>(v, !Plain && a.int8, reinterpret_cast<uint16_t*>(shared + a.at.x) + c * kActGroup);
-    if (!Plain && lane == 0) reinterpret_cast<float*>(shared + a.at.scales)[c] = scale;
+    store_rounded<S::kType>(v, false, reinterpret_cast<uint16_t*>(shared + a.at.x) + c * kActGroup);
   }
   const uint32_t key = tid < a.experts ? rank_key(logit) : 0, most = __reduce_max_sync(kAll, key);
   if (lane == 0 && warp < kQuickWarps) maxima[warp] = most;
@@ -525,14 +523,13 @@ __global__ void __launch_bounds__(kMaxTeams * kTeam * 32, 1) moe_gate_up_one_k(c
     store_choice(a.logits, a.experts, a.chosen, a.renormalise, ids, a.ids, a.weights);
   }
   const uint16_t* x = reinterpret_cast<const uint16_t*>(shared + a.at.x) + lane % 4 * S::kCell + part * S::kWidth;
-  const float* scales = reinterpret_cast<const float*>(shared + a.at.scales) + part * S::kChunks;
   float2* results = reinterpret_cast<float2*>(shared + a.at.part) + team * 2 * kTeam * 8;
 #pragma unroll 1
   for (int round = 0; unit < units; unit += stride, round ^= 1) {
     float total[4] = {};
     wait_barrier(full + team, round);
     if (part < a.slabs)
-      S::multiply(panel + a.w.scale_bytes + part * S::kScalesAt, panel + part * S::kScales, x, scales, scales, a.w.shift, total);
+      S::multiply(panel + a.w.scale_bytes + part * S::kScalesAt, panel + part * S::kScales, x, nullptr, nullptr, a.w.shift, total);
     float2* sums = results + round * kTeam * 8;  // (parts, rows)
     if (lane % 4 == 0) sums[part * 8 + lane / 4] = make_float2(total[0], total[2]);
     asm volatile("bar.sync %0, %1;" ::"r"(team + 1), "n"(kTeam * 32) : "memory");  // the team's; two rounds of results need but one
@@ -715,7 +712,8 @@ __global__ void __launch_bounds__((kMaxChoiceWarps + kMaxSharedWarps) * 32, 1) m
   float* h = reinterpret_cast<float*>(shared + a.h_at) + threadIdx.x;  // of the output that this thread, of a choice warp, adds up
   if (extra < 0) {
     if (One && lane_id() == 0) init_barrier(full + warp, kFillArrivals), publish_barriers();
-    if (threadIdx.x < 4) touch(threadIdx.x == 0 ? a.weights : threadIdx.x == 1 ? a.inner : threadIdx.x == 2 ? a.h : reinterpret_cast<const float*>(a.ids));
+    __syncwarp();
+    if (threadIdx.x < 4) prefetch_l2(threadIdx.x == 0 ? a.weights : threadIdx.x == 1 ? a.inner : threadIdx.x == 2 ? a.h : reinterpret_cast<const float*>(a.ids));
     wait_for_previous();
     if (t < a.tokens) copy_async4(h, a.h + static_cast<int64_t>(t) * a.d + panel * kPanelRows + r);
     copy_async_commit();  // a warp without choices commits nothing else, and waits only for what is committed
@@ -774,7 +772,7 @@ void launch_gate_up(const Context& c, const MoeGateUpArgs& args, GateUp a) {
   a.panels = a.f / 8, a.slabs = a.at.chunks / S::kChunks;
   if constexpr (Plain) {
     if (a.tokens == 1 && a.w.k % S::kWidth == 0 && a.slabs <= kTeam && a.experts <= kQuickExperts && a.chosen <= kQuickWarps && teams * kTeam >= kQuickWarps) {
-      launch(c, "moe_gate_up", moe_gate_up_one_k<W, Plain>, dim3(static_cast<unsigned>(blocks)), dim3(static_cast<unsigned>(teams * kTeam * 32)),
+      launch(c, "moe_gate_up", moe_gate_up_one_k, dim3(static_cast<unsigned>(blocks)), dim3(static_cast<unsigned>(teams * kTeam * 32)),
              static_cast<size_t>(a.at.bytes), a);
       return;
     }
@@ -820,10 +818,11 @@ void moe_few_down(const Context& c, const MoeDownArgs& args) {
   a.tokens = count(args.h.rows()), a.chosen = count(args.ids.cols()), a.d = count(args.h.cols());
   const int64_t f = args.inner.cols(), fs = args.shared.cols();
   a.slabs = count((f + slab_width(type) - 1) / slab_width(type)), a.shared_slabs = count((fs + slab_width(shared) - 1) / slab_width(shared));
+  const size_t room = c.shared_max - 256;  // barriers besides
   // The choice must not depend on T
   const int most = stages_bytes(kSumWarps, kMaxSharedWarps, kMaxColumns) + result_bytes(kFewTokens, a.chosen, a.slabs, a.shared_slabs);
   if (args.act == Act::F32 || type == DType::F32 || args.shared_act == Act::F32 || (shared != DType::BF16 && shared != DType::INT8) ||
-      static_cast<size_t>(most) > c.shared_max) {
+      static_cast<size_t>(most) > room) {
     moe_exact_down(c, args);
     return;
   }
@@ -837,7 +836,7 @@ void moe_few_down(const Context& c, const MoeDownArgs& args) {
   };
   a.choices = a.tokens * a.chosen, a.tasks = a.choices * a.slabs;
   a.choice_warps = std::clamp(a.tasks, kSumWarps, kMaxChoiceWarps);
-  while (static_cast<size_t>(bytes()) > c.shared_max) a.choice_warps--;
+  while (static_cast<size_t>(bytes()) > room) a.choice_warps--;
   a.results = stages_bytes(a.choice_warps, a.shared_warps, a.columns), a.shared_results = a.results + a.tasks * kPanelRows * 4;
   a.h_at = a.shared_results + a.tokens * a.shared_slabs * kPanelRows * 4;
   const bool t16 = shared == DType::INT8;
