@@ -5,9 +5,9 @@
 // of the one before has called let_next_start(), and must call wait_for_previous() before it touches anything that is not a
 // weight. After that wait the kernel before is complete and its writes are visible; as that one waited too, so is everything
 // earlier. Hence two rules: EVERY kernel of this folder calls wait_for_previous() in every thread, also where it has little to
-// read, and before it only weights may be loaded, and nothing stored (prefetch_l2() reads no value and is allowed). let_next_start() comes as soon as a
-// kernel's own loads from DRAM are on their way: earlier, and what the next one prefetches delays them (measured: 3 % of a token).
-// Where the architecture lacks it both are nothing, and kernels start when the one before has ended.
+// read, and before it only weights may be loaded, and nothing stored; prefetch_l2() reads no value and is allowed. let_next_start()
+// comes as soon as a kernel's own loads from DRAM are on their way: earlier, and what the next one prefetches delays them (measured: 3 %
+// of a token). Where the architecture lacks it both are nothing, and kernels start when the one before has ended.
 #pragma once
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
@@ -124,7 +124,8 @@ __device__ __forceinline__ void fill(Barrier* full, int n, F piece) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
   const Piece p = lane < n ? piece(lane) : Piece{nullptr, nullptr, 0};
   const uint32_t all = __reduce_add_sync(0xffffffffu, p.bytes);
-  if (lane == 0) asm volatile("{\n.reg .b64 t;\nmbarrier.arrive.expect_tx.shared.b64 t, [%0], %1;\n}" ::"r"(shared_address(full)), "r"(all) : "memory");
+  if (lane == 0)
+    asm volatile("{\n.reg .b64 t;\nmbarrier.arrive.expect_tx.shared.b64 t, [%0], %1;\n}" ::"r"(shared_address(full)), "r"(all) : "memory");
   __syncwarp();
   if (p.bytes)
     asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(shared_address(p.to)), "l"(p.from),

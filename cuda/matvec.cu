@@ -167,10 +167,12 @@ __device__ __forceinline__ void flush(float (&total)[4], float (&sum)[4], float 
   }
 }
 
-// total += one unit. unit: of BF16 from the lane's 16 bytes of row g on, of tiles the first one; scales: those of the unit. x: what the lane reads of its token g from the first k of the unit on, valid where `live`; x_scale: of the
-// unit's k for tokens 2t and 2t+1; x_sum: of 32 k each, of these tokens, for as_half().
+// total += one unit. unit: of BF16 from the lane's 16 bytes of row g on, of tiles the first one; scales: those of the unit. x: what the
+// lane reads of its token g from the first k of the unit on, valid where `live`; x_scale: of the unit's k for tokens 2t and 2t+1; x_sum: of
+// 32 k each, of these tokens, for as_half().
 template <DType W, Act A>
-__device__ __forceinline__ void multiply(float (&total)[4], const uint8_t* unit, const uint16_t* scales, const uint16_t* x, bool live, float2 x_scale, const float4 (&x_sum)[2], int shift) {
+__device__ __forceinline__ void multiply(float (&total)[4], const uint8_t* unit, const uint16_t* scales, const uint16_t* x, bool live, float2 x_scale,
+                                         const float4 (&x_sum)[2], int shift) {
   const int lane = static_cast<int>(threadIdx.x) % 32, g = lane / 4, t = lane % 4;
   auto weights = [&](int i) {
     if (W == DType::BF16) return *reinterpret_cast<const uint4*>(unit + i / 2 * 64 + i % 2 * 8 * kRowPitch);
@@ -338,7 +340,8 @@ __global__ void __launch_bounds__(kThreads, 2) matvec_k(const __grid_constant__ 
   Barrier *full = reinterpret_cast<Barrier*>(shared + m.barriers), *empty = full + kMaxSlots;
   const int warp = warp_index();
   const bool once = m.tasks <= static_cast<int>(gridDim.x);
-  if (m.in.k % unit_k(W))  // the last unit of a row ends in what lay there before, at least finite: x is zero there, but not a number times zero is not
+  // Where the last unit of a row ends in what lay there before, that has to be finite: x is zero there, but not a number times zero is not
+  if (m.in.k % unit_k(W))
     for (int i = static_cast<int>(threadIdx.x); i < m.slots * slot_bytes(W) / 16; i += kThreads) memory[i] = uint4{};
   if (threadIdx.x < 2 * kMaxSlots) init_barrier(full + threadIdx.x, threadIdx.x < kMaxSlots ? kFillArrivals : kWarps);
   publish_barriers();
@@ -371,12 +374,12 @@ __global__ void __launch_bounds__(kThreads, 2) matvec_k(const __grid_constant__ 
     float* y = m.y + out * m.ldy + n;
     const float old = mine && m.store == Store::Add ? *y : 0.f;
 
-    if (!once && task + static_cast<int>(gridDim.x) >= m.panels) let_next_start();  // starting takes microseconds
     float total[4] = {};
 #pragma unroll 1
     for (int c = 0; c < m.chunks; c++, at.next(m.slots)) {
       const int units = (min(k_all - c * chunk_k(W), chunk_k(W)) + unit_k(W) - 1) / unit_k(W), end = slice(units, warp + 1);
       const uint8_t* slot = shared + at.slot * slot_bytes(W);
+      if (!once && c == m.chunks - 1 && task + static_cast<int>(gridDim.x) >= m.panels) let_next_start();  // earlier, it delays us (measured)
       wait_barrier(full + at.slot, at.phase & 1);
 #pragma unroll 1
       for (int u = slice(units, warp); u < end; u++) {
@@ -425,7 +428,8 @@ __global__ void __launch_bounds__(kThreads, 2) matvec_k(const __grid_constant__ 
       wait_barrier(full + at.slot, at.phase & 1);
       if (e.w)
         multiply_exact(sum, shared + at.slot * slot_bytes(W) + warp * exact_bytes(W) + lane * 16, e.item == 4,
-                       reinterpret_cast<const float*>(shared + m.x_exact) + first + lane * each, tokens, k_all, min(k_all - first, values) - lane * each);
+                       reinterpret_cast<const float*>(shared + m.x_exact) + first + lane * each, tokens, k_all,
+                       min(k_all - first, values) - lane * each);
       __syncwarp();
       if (lane == 0) arrive(empty + at.slot);
     }

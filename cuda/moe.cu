@@ -123,7 +123,8 @@ __device__ __forceinline__ void top(const float* logits, int experts, int chosen
 }
 
 // What a token chose, from shared memory to `ids_out` and `weights` (chosen); by one warp.
-__device__ __noinline__ void store_choice(const float* logits, int experts, int chosen, bool renormalise, const int32_t* ids, int32_t* ids_out, float* weights) {
+__device__ __noinline__ void store_choice(const float* logits, int experts, int chosen, bool renormalise, const int32_t* ids, int32_t* ids_out,
+                                          float* weights) {
   const float largest = logits[ids[0]];
   float sum = 0;
   for (int i = lane_id(); i < (renormalise ? chosen : experts); i += 32) sum += expf(logits[renormalise ? ids[i] : i] - largest);
@@ -233,7 +234,8 @@ struct Slab {
 
   // total += the slab times x, as operand D lies: rows g, g + 8, columns 2t, 2t + 1. row_scales: those of its groups, (groups, 16) fp16;
   // x: the values of column g in shared memory, from cell t on; s0, s1: the activation scales of columns 2t and 2t + 1.
-  __device__ __forceinline__ static void multiply(const uint8_t* slab, const uint8_t* row_scales, const uint16_t* x, const float* s0, const float* s1, int shift,
+  __device__ __forceinline__ static void multiply(const uint8_t* slab, const uint8_t* row_scales, const uint16_t* x, const float* s0, const float* s1,
+                                                  int shift,
                                                   float (&total)[4]) {
     const uint4* tiles = reinterpret_cast<const uint4*>(slab) + lane_id();
     const uint16_t* scales = reinterpret_cast<const uint16_t*>(row_scales) + lane_id() / 4;
@@ -309,7 +311,8 @@ GateUpLayout gate_up_layout(int tokens, int k, int experts, int chosen, int team
   const int width = static_cast<int>(round_up(k, S::kWidth));
   l.chunks = width / kActGroup, l.pitch = width + S::kPad;
   l.slabs = 0;                                                    // (teams, kTeam) Slab
-  l.part = teams * kTeam * S::kBytes;                             // (teams, 2, kTeam, 32) float4: results of the warps, two rounds; of one token (.., 8) float2
+  // (teams, 2, kTeam, 32) float4: results of the warps, two rounds; of one token (teams, 2, kTeam, 8) float2
+  l.part = teams * kTeam * S::kBytes;
   l.x = l.part + teams * 2 * kTeam * 32 * 16;                     // (T, pitch) bf16 or codes
   l.list = l.x + tokens * l.pitch * 2;                            // (T, 32) Candidate
   l.scales = l.list + tokens * 32 * static_cast<int>(sizeof(Candidate));  // (T, chunks)
@@ -453,9 +456,10 @@ __global__ void __launch_bounds__(kMaxTeams * kTeam * 32, 1) moe_gate_up_few_k(c
   }
 }
 
-// One token of the usual shape: K up to 2048 in whole slabs, up to 512 experts, at least 16 warps and no more choices than that. A thread has a
-// logit, and all warps choose together (fast when more warps than choices have experts): at least `chosen` of their maxima are not below the chosen-th largest of these, so the answer is
-// among the logits from there on. A team's panel comes in one piece. Small code, as of matvec_k.
+// One token of the usual shape: K up to 2048 in whole slabs, up to 512 experts, at least 16 warps and no more choices than that. A thread
+// has a logit, and all warps choose together (fast when more warps than choices have experts): at least `chosen` of their maxima are not
+// below the chosen-th largest of these, so the answer is among the logits from there on. A team's panel comes in one piece. Small code, as
+// of matvec_k.
 __global__ void __launch_bounds__(kMaxTeams * kTeam * 32, 1) moe_gate_up_one_k(const GateUp a) {
   using S = Slab<DType::INT4, true>;
   extern __shared__ __align__(16) uint8_t shared[];
@@ -613,7 +617,8 @@ struct Row {  // the part of a row of activations that meets a slab
 
 // results[result of a column] (16) = its weight * (slab times column)
 template <class S, bool One>
-__device__ __forceinline__ void multiply_columns(const Stage& stage, const uint8_t* slab, const uint8_t* scales, int columns, int shift, float* results) {
+__device__ __forceinline__ void multiply_columns(const Stage& stage, const uint8_t* slab, const uint8_t* scales, int columns, int shift,
+                                                 float* results) {
   const int g = lane_id() / 4, t = lane_id() % 4;
   if constexpr (One) columns = 1;
   const Column *even = stage.columns() + min(2 * t, columns - 1), *odd = stage.columns() + min(2 * t + 1, columns - 1);
@@ -713,7 +718,10 @@ __global__ void __launch_bounds__((kMaxChoiceWarps + kMaxSharedWarps) * 32, 1) m
   if (extra < 0) {
     if (One && lane_id() == 0) init_barrier(full + warp, kFillArrivals), publish_barriers();
     __syncwarp();
-    if (threadIdx.x < 4) prefetch_l2(threadIdx.x == 0 ? a.weights : threadIdx.x == 1 ? a.inner : threadIdx.x == 2 ? a.h : reinterpret_cast<const float*>(a.ids));
+    const float* soon[4] = {a.weights, a.inner, a.h, reinterpret_cast<const float*>(a.ids)};
+#pragma unroll
+    for (int i = 0; i < 4; i++)
+      if (threadIdx.x == i) prefetch_l2(soon[i]);
     wait_for_previous();
     if (t < a.tokens) copy_async4(h, a.h + static_cast<int64_t>(t) * a.d + panel * kPanelRows + r);
     copy_async_commit();  // a warp without choices commits nothing else, and waits only for what is committed
@@ -771,7 +779,8 @@ void launch_gate_up(const Context& c, const MoeGateUpArgs& args, GateUp a) {
   a.at = gate_up_layout<S>(a.tokens, a.w.k, a.experts, a.chosen, count(teams));
   a.panels = a.f / 8, a.slabs = a.at.chunks / S::kChunks;
   if constexpr (Plain) {
-    if (a.tokens == 1 && a.w.k % S::kWidth == 0 && a.slabs <= kTeam && a.experts <= kQuickExperts && a.chosen <= kQuickWarps && teams * kTeam >= kQuickWarps) {
+    if (a.tokens == 1 && a.w.k % S::kWidth == 0 && a.slabs <= kTeam && a.experts <= kQuickExperts && a.chosen <= kQuickWarps &&
+        teams * kTeam >= kQuickWarps) {
       launch(c, "moe_gate_up", moe_gate_up_one_k, dim3(static_cast<unsigned>(blocks)), dim3(static_cast<unsigned>(teams * kTeam * 32)),
              static_cast<size_t>(a.at.bytes), a);
       return;
@@ -840,7 +849,9 @@ void moe_few_down(const Context& c, const MoeDownArgs& args) {
   a.results = stages_bytes(a.choice_warps, a.shared_warps, a.columns), a.shared_results = a.results + a.tasks * kPanelRows * 4;
   a.h_at = a.shared_results + a.tokens * a.shared_slabs * kPanelRows * 4;
   const bool t16 = shared == DType::INT8;
-  const auto kernel = plain(args.act, args.experts) ? (a.tokens == 1 && !a.shared_int8 && f == slab_width(type) ? down_kernel<DType::INT4, true, true>(t16) : down_kernel<DType::INT4, true, false>(t16))
+  const bool fast = plain(args.act, args.experts), one = a.tokens == 1 && !a.shared_int8 && f == slab_width(type);
+  const auto kernel = fast && one                   ? down_kernel<DType::INT4, true, true>(t16)
+                      : fast                        ? down_kernel<DType::INT4, true, false>(t16)
                       : type == DType::INT4         ? down_kernel<DType::INT4, false, false>(t16)
                       : type == DType::INT8         ? down_kernel<DType::INT8, false, false>(t16)
                                                     : down_kernel<DType::BF16, false, false>(t16);
