@@ -2,10 +2,10 @@
 # Builds, tests and measures on a machine with a GPU, and ends in a short table. Exit code 1 when anything failed; what cannot run
 # here is SKIPPED and says why.
 # usage: tests/gpu.sh [--only LIST] [--bin FOLDER] [--out FOLDER] [--memory FOLDER] [--model FILE.qn] [--device WHERE]
-#   --only     parts, of: ops,check,sanitize,stories,80b (default: all)
+#   --only     parts, of: ops,check,sanitize,stories,80b,80b-int8 (default: all but the last)
 #   --bin      programs that are built already; nothing is built then
 #   --out      where logs, charts and the build go (default: build-gpu)
-#   --memory   where the 46 GB of the 80b part go (default: /dev/shm)
+#   --memory   where the 46 GB of the 80b parts go (default: /dev/shm)
 #   --model    a file of the 80b part made before: used as it is, and kept
 #   --device   default: cuda
 cd "$(dirname "$0")/.." || exit 1
@@ -183,7 +183,7 @@ if wanted 80b; then
     "$bin/qnext-cli" --device "$device" -m "$model" -p "Once upon a time" -n 64 --temp 0 -v >"$out/80b-cli.log" 2>&1
     judge $? "80b, qnext-cli, 64 tokens" "$(since "$start") with loading"
     tail -n 3 "$out/80b-cli.log" | cut -c 1-200
-    "$bin/qnext-bench" --device "$device" -m "$model" -p 512,2048,8192 -n 128 -d 0,4096,32768 -r 3 --ops 1 --plot "$out/80b.png" >"$out/80b-bench.md" 2>"$out/80b-bench.log"
+    "$bin/qnext-bench" --device "$device" -m "$model" -p 512,2048,8192 -n 128 -d 0,4096,32768 -r 3 --ops 1 --verify 1,2,4,8 --plot "$out/80b.png" >"$out/80b-bench.md" 2>"$out/80b-bench.log"
     code=$?
     cat "$out/80b-bench.md" "$out/80b-bench.log"
     cell() { awk -F'|' -v test="$1" -v n="$2" '{ gsub(/^ +| +$/, "", $7) } $7 == test { gsub(/^ +/, "", $n); print $n + 0 }' "$out/80b-bench.md"; }
@@ -198,6 +198,26 @@ if wanted 80b; then
       holds "${prefill:-0} >= 3000"
       judge $? "80b prefill of 8192" "$prefill tok/s (at least 3000)"
     fi
+  fi
+fi
+
+# ---- the same with INT8 rest: decode by the format of the cache, and passes over 1, 2, 4 and 8 tokens
+if wanted 80b-int8; then
+  [ -z "$made" ] || rm -f "$made"
+  made=$memory/qnext-gpu-int8-$$.qn
+  start=$(now)
+  "$bin/qnext-convert" --synthetic qwen3-next-80b-a3b --experts int4 --rest int8 -o "$made" >"$out/80b-int8-convert.log" 2>&1
+  code=$?
+  judge $code "80b, INT8 rest, generated" "$(since "$start")"
+  [ $code = 0 ] || tail -n 5 "$out/80b-int8-convert.log"
+  if [ $code = 0 ]; then
+    for kv in bf16:4096,32768 int8:4096,32768,131072,262000; do
+      log=$out/80b-int8-kv-${kv%%:*}
+      "$bin/qnext-bench" --device "$device" -m "$made" --kv-type ${kv%%:*} -p 0 -n 128 -d ${kv#*:} -r 2 --verify 1,2,4,8 --ops 1 >"$log.md" 2>"$log.log"
+      code=$?
+      cat "$log.md" "$log.log"
+      judge $code "80b, INT8 rest, ${kv%%:*} cache" "$(awk -F'|' '$7 ~ /tg/ { gsub(/ +/, " "); sub(/.*d/, "", $7); sub(/ ±.*/, "", $8); printf "%sd%s%s tok/s,%s%%", sep, $7, $8, $12; sep = "; " }' "$log.md")"
+    done
   fi
 fi
 
