@@ -4,7 +4,7 @@
 //
 //   chunk   a run of keys that yields one partial result per row: largest score m, sum l of p = 2^(s-m), sum o of p * v. Where
 //           chunks begin depends on the position alone (64 keys each up to 8192, then 64 chunks for every doubling), and a row
-//           combines the chunks up to its own position in rising order of position: its bits depend neither on how many tokens
+//           combines the chunks up to its own position in a fixed order: its bits depend neither on how many tokens
 //           the call has nor on which block computed what.
 //   block   one per multiprocessor, bound to one key head. It takes that head's chunks from the last one down, large ones first:
 //           the first by its rank, the others by a counter, when it begins to load the last tile of the one before. So all blocks

@@ -136,6 +136,7 @@ __device__ __forceinline__ float sum_of_8_over_16_lanes(float (&x)[8], int lane)
 // before it had, and so on; a block leaves only after its own wait. So all unfinished kernels are resident at once, and nothing
 // but the room for their blocks bounds how many. The last call that wrote S is some 290 kernels back in a large model, but a few
 // in a small one, and the very kernel before when a test calls this operation twice.
+//
 // Grid: DV / 32 x GV. Rows > 0: DK / 16, S in registers, at most Tokens tokens. Rows 0: any DK, S in global memory, any number of
 // tokens, Tokens at a time.
 template <int Rows, int Tokens>

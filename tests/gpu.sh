@@ -158,12 +158,14 @@ if wanted stories; then
   else row FAILED "stories" "$out/convert.log"; fi
 fi
 
+needed=$((46 * 1000 * 1000))  # kB, for a file of the 80B model
+room() { df -Pk "$memory" | awk 'NR == 2 { print $4 }'; }
+no_room() { row SKIPPED "$1" "needs 46 GB in $memory, $(($(room) / 1000000)) GB are free (as root: mount -o remount,size=60G $memory)"; }
+
 # ---- the shapes of the 80B model, random weights: 48 layers and the MTP layer
 if wanted 80b; then
-  needed=$((46 * 1000 * 1000)) # kB
-  room=$(df -Pk "$memory" | awk 'NR == 2 { print $4 }')
   if [ -n "$model" ]; then [ -f "$model" ] || row FAILED "80b" "no file $model"
-  elif [ "$room" -lt $needed ]; then row SKIPPED "80b" "needs 46 GB in $memory, $((room / 1000000)) GB are free (as root: mount -o remount,size=60G $memory)"
+  elif [ "$(room)" -lt $needed ]; then no_room 80b
   else
     made=$memory/qnext-gpu-$$.qn
     set --
@@ -204,12 +206,15 @@ fi
 # ---- the same with INT8 rest: decode by the format of the cache, and passes over 1, 2, 4 and 8 tokens
 if wanted 80b-int8; then
   [ -z "$made" ] || rm -f "$made"
-  made=$memory/qnext-gpu-int8-$$.qn
-  start=$(now)
-  "$bin/qnext-convert" --synthetic qwen3-next-80b-a3b --experts int4 --rest int8 -o "$made" >"$out/80b-int8-convert.log" 2>&1
-  code=$?
-  judge $code "80b, INT8 rest, generated" "$(since "$start")"
-  [ $code = 0 ] || tail -n 5 "$out/80b-int8-convert.log"
+  made=$memory/qnext-gpu-int8-$$.qn code=1
+  if [ "$(room)" -lt $needed ]; then no_room "80b, INT8 rest"
+  else
+    start=$(now)
+    "$bin/qnext-convert" --synthetic qwen3-next-80b-a3b --experts int4 --rest int8 -o "$made" >"$out/80b-int8-convert.log" 2>&1
+    code=$?
+    judge $code "80b, INT8 rest, generated" "$(since "$start")"
+    [ $code = 0 ] || tail -n 5 "$out/80b-int8-convert.log"
+  fi
   if [ $code = 0 ]; then
     for kv in bf16:4096,32768 int8:4096,32768,131072,262000; do
       log=$out/80b-int8-kv-${kv%%:*}
