@@ -518,7 +518,6 @@ __global__ __launch_bounds__(kThreads, 1) void attn_few_k(const Attn a, const Fe
   if (threadIdx.x < 3) prefetch_l2(threadIdx.x == 0 ? a.qgkv : threadIdx.x == 1 ? f.part : reinterpret_cast<const float*>(a.step));
   wait_for_previous();
   const int pos = a.start() + f.first, end = pos + f.tokens, last = chunk_of(end - 1);
-  if (rank > last) return;
   const Planes<Cache> cache(a, head);
   __syncthreads();
 
@@ -552,10 +551,12 @@ __global__ __launch_bounds__(kThreads, 1) void attn_few_k(const Attn a, const Fe
     if (asked) queue[(fill_item + 1) % kQueue] = taken, known = fill_item + 2, asked = false;
   };
 
-  Early early;
-  early.load(a, f, head, rank < 2);
-  fill(0);
-  prepare<Cache>(a, f, early, head, pos, tiles, rank < 2, query, fresh_k, fresh_v, reinterpret_cast<float*>(prob));
+  if (rank <= last) {  // over a short cache the others have no chunk, and only help to combine
+    Early early;
+    early.load(a, f, head, rank < 2);
+    fill(0);
+    prepare<Cache>(a, f, early, head, pos, tiles, rank < 2, query, fresh_k, fresh_v, reinterpret_cast<float*>(prob));
+  }
   __syncthreads();  // all have left fill(), which reads what publish() writes
   publish();
   __syncthreads();
@@ -627,9 +628,8 @@ __global__ __launch_bounds__(kThreads, 1) void attn_few_k(const Attn a, const Fe
     }
     store_part<Tiles, Cache>(a, f, head, chunk, tiles, reduce, o, m, l);
   }
-  const int taking = min(blocks, last + 1);  // blocks that have a chunk
-  wait_for_parts(f.counters + head * kHeadCounters, static_cast<uint32_t>(taking));
-  combine(a, f, head, rank, taking, *reinterpret_cast<Combine*>(shared));
+  wait_for_parts(f.counters + head * kHeadCounters, static_cast<uint32_t>(blocks));
+  combine(a, f, head, rank, blocks, *reinterpret_cast<Combine*>(shared));
 }
 
 // ---- exact ------------------------------------------------------------------------------------------------------------

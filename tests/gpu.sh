@@ -79,7 +79,7 @@ if wanted ops; then
   "$bin/qnext-tests" --test-case='CUDA*' >"$out/tests.log" 2>&1
   code=$?
   [ $code = 0 ] || tail -n 60 "$out/tests.log"
-  skipped=$(grep -c 'SKIPPED: no GPU' "$out/tests.log")
+  skipped=$(grep -c 'SKIPPED: no GPU$' "$out/tests.log")
   if [ "$skipped" -gt 0 ]; then row SKIPPED "GPU tests" "$skipped: no GPU"
   else judge $code "GPU tests" "$(sed -n 's/.*test cases: *//p' "$out/tests.log"), $(sed -n 's/.*MESSAGE: \([0-9]* cases\) on.*/\1/p' "$out/tests.log") of the table, $(since "$start")"; fi
 fi
