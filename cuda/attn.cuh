@@ -59,6 +59,9 @@ inline bool attention_is_fast(const AttentionArgs& a) {
 void attention_append(const Context&, const Attn&, DType cache);  // norm and rotation of k; k and v to the cache
 void attention_exact(const Context&, const Attn&, DType cache);   // attention_append(), then fp32 products, unhurried
 
+// ---- attn_wgmma.cu: many tokens over a BF16 cache that holds them already, on sm_90a; p is rounded to BF16. False: not here, or not worth it.
+bool attention_wgmma(const Context&, const Attn&);
+
 // ---- one head of one token, by one warp -------------------------------------------------------------------------------
 
 // cos and sin of pos * freq, times scale. The product reaches 10^7 radians: it is reduced to a part of a turn in double.
@@ -141,12 +144,6 @@ __device__ __forceinline__ void quantise_row(const float* x, int width, int8_t* 
     if (at < width) *reinterpret_cast<uint32_t*>(codes + at) = packed;
     if (lane == 0) scales[g] = bits;
   }
-}
-
-// x = hi + lo, both BF16, to 16 bits of mantissa; two values packed
-__device__ __forceinline__ void split_bf16(float x0, float x1, uint32_t& hi, uint32_t& lo) {
-  hi = pack_bf16(x0, x1);
-  lo = pack_bf16(x0 - bf16_lo(hi), x1 - bf16_hi(hi));
 }
 
 // ---- rows of 256 BF16 in shared memory --------------------------------------------------------------------------------

@@ -299,7 +299,7 @@ void attention_many(const Context& ctx, const AttentionArgs& args) {
   attention_append(ctx, a, args.k_cache.dtype);
   a.q_scale *= kLog2e;
   if (args.k_cache.dtype == DType::I8) many<true>(ctx, a);
-  else many<false>(ctx, a);
+  else if (!attention_wgmma(ctx, a)) many<false>(ctx, a);
 }
 
 }  // namespace qn::cuda

@@ -159,6 +159,11 @@ __device__ __forceinline__ uint32_t pack_half(float lo, float hi) {
 }
 __device__ __forceinline__ float bf16_lo(uint32_t pair) { return __uint_as_float(pair << 16); }
 __device__ __forceinline__ float bf16_hi(uint32_t pair) { return __uint_as_float(pair & 0xffff0000u); }
+// x = hi + lo, both BF16, to 16 bits of mantissa; two values packed
+__device__ __forceinline__ void split_bf16(float x0, float x1, uint32_t& hi, uint32_t& lo) {
+  hi = pack_bf16(x0, x1);
+  lo = pack_bf16(x0 - bf16_lo(hi), x1 - bf16_hi(hi));
+}
 
 __device__ __forceinline__ float warp_sum(float v) {  // in every lane, the same bits
 #pragma unroll

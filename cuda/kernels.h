@@ -6,8 +6,8 @@
 //                     few                                  many
 //   matrix products   matvec.cu: one kernel each           matmul.cu: activations rounded by a kernel, then cuBLAS (BF16), gemm.cu (T16)
 //   experts           moe.cu                               moe_prefill.cu: sort by expert, gemm.cu, combine
-//   delta rule        gdn.cu                               gdn.cu
-//   attention         attn.cu: split over the cache        attn_prefill.cu: tiles of queries
+//   delta rule        gdn.cu                               gdn.cu: groups of eight, fp32; gdn_chunk.cu: chunks of 64 on tensor cores
+//   attention         attn.cu: split over the cache        attn_prefill.cu: tiles of queries; attn_wgmma.cu: the same on sm_90a
 //
 // Combinations outside the fast paths (F32 weights, --act f32) have exact fp32 kernels in the same files.
 #pragma once
@@ -111,11 +111,11 @@ void moe_prefill_gate_up(const Context&, const MoeGateUpArgs&);
 void moe_prefill_down(const Context&, const MoeDownArgs&);
 size_t moe_prefill_scratch(const OpLimits&);
 
-// ---- gdn.cu
+// ---- gdn.cu, gdn_chunk.cu
 void delta_net(const Context&, const DeltaNetArgs&);
 size_t delta_net_scratch(const OpLimits&);
 
-// ---- attn.cu, attn_prefill.cu
+// ---- attn.cu, attn_prefill.cu, attn_wgmma.cu
 void attention_few(const Context&, const AttentionArgs&);     // at most kFewTokens rows
 void attention_many(const Context&, const AttentionArgs&);
 size_t attention_scratch(const OpLimits&);

@@ -75,6 +75,7 @@ struct DeltaNetArgs {
   Tensor state;     // in/out (GV, DK, DV): S, key index first
   Tensor o;         // out (T, GV*DV)
   int key_heads = 0, value_heads = 0;
+  Act act = Act::F32;  // not F32: the chunked form may use BF16 operands; state and inverse stay fp32
   const StepParams* step = nullptr;
 };
 

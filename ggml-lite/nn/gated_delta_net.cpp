@@ -17,7 +17,7 @@ void gated_delta_net(Device& device, const DeltaNetWeights& w, const DeltaNetScr
   rule.qkv = qkvz.columns(0, ch), rule.ba = ba;
   rule.conv = w.conv, rule.neg_a = w.neg_a, rule.dt_bias = w.dt_bias;
   rule.conv_ring = conv_ring, rule.state = state, rule.o = o;
-  rule.key_heads = w.key_heads, rule.value_heads = w.value_heads, rule.step = step;
+  rule.key_heads = w.key_heads, rule.value_heads = w.value_heads, rule.act = act, rule.step = step;
   device.delta_net(rule);
 
   GatedNormMatmulArgs out;  // h += (T, D)
