@@ -27,6 +27,7 @@
 #include "ggml-lite/nn/gated_attention.h"     // gated_attention
 #include "ggml-lite/nn/gated_delta_net.h"     // gated_delta_net
 #include "ggml-lite/nn/hybrid_state.h"        // HybridState
+#include "ggml-lite/nn/rope.h"                // rope_frequencies
 #include "ggml-lite/nn/sparse_moe.h"          // sparse_moe
 #include "ggml-lite/ref/ref.h"                // make_ref_device
 #include "ggml-lite/text/stream.h"            // TextStream
@@ -77,6 +78,8 @@ std::span<const OptionRow> options_table() {
        [](Options& o, const std::string& v) { o.kv_type = parse_choice(v, "--kv-type", {"f32", "bf16", "int8"}); }},
       {"--ctx,-c", "N", "positions of the context (default: what the model allows, or what fits)",
        [](Options& o, const std::string& v) { o.ctx = parse_count(v, "--ctx", 1, 1 << 24); }},
+      {"--rope-yarn", "FACTOR", "YaRN: stretch the context of the model by this, e.g. 4",
+       [](Options& o, const std::string& v) { o.rope_yarn = qn::parse_number(v, "--rope-yarn", 1, qn::kMaxYarnFactor); }},
       {"--ubatch", "N", "tokens per pass in prefill", [](Options& o, const std::string& v) { o.ubatch = parse_count(v, "--ubatch", 1, 16384); }},
       {"--threads,-t", "N", "CPU threads (default: physical cores)", [](Options& o, const std::string& v) { o.threads = parse_count(v, "--threads", 1, 1024); }},
       {"--isa", "LEVEL", "CPU kernels: auto, scalar, avx2, avx512",
@@ -119,26 +122,22 @@ struct Model {
   int qgkv_rows() const { return 2 * (info.heads + info.kv_heads) * info.head_dim; }
 };
 
-// model-spec 3.8 and 4: radians per position of pair i; YaRN scales the slow pairs down.
-static std::vector<float> rope_frequencies(const QnFile& f, const ModelInfo& m) {
-  const int dim = m.rotary_dim;
-  std::vector<float> out(static_cast<size_t>(dim / 2));
-  double lo = 0, hi = 0;
+// The file's own scaling, or that of --rope-yarn, which stretches the context too
+static void read_rope(const QnFile& f, Model& model, double yarn) {
+  ModelInfo& m = model.info;
+  qn::RopeScaling r;
+  r.theta = m.rope_theta, r.dim = m.rotary_dim, r.factor = m.yarn_factor, r.original = m.context;
+  model.rope_scale = static_cast<float>(f.real("rope.attention_factor", 1e-3, 1e3));
   if (m.yarn_factor != 1) {
-    const double length = static_cast<double>(f.integer("rope.yarn_original_context", 1, qn::kMaxYarnContext));
-    auto corr = [&](double rotations) { return dim * std::log(length / (2 * M_PI * rotations)) / (2 * std::log(m.rope_theta)); };
-    lo = corr(f.real("rope.yarn_beta_fast", 1e-3, 1e6));
-    hi = corr(f.real("rope.yarn_beta_slow", 1e-3, 1e6));
-    if (f.integer("rope.yarn_truncate", 0, 1)) lo = std::floor(lo), hi = std::ceil(hi);
-    lo = std::max(lo, 0.0), hi = std::min(hi, dim - 1.0);
-    if (lo == hi) hi += 0.001;
+    r.original = static_cast<double>(f.integer("rope.yarn_original_context", 1, qn::kMaxYarnContext));
+    r.beta_fast = f.real("rope.yarn_beta_fast", 1e-3, 1e6), r.beta_slow = f.real("rope.yarn_beta_slow", 1e-3, 1e6);
+    r.truncate = f.integer("rope.yarn_truncate", 0, 1);
   }
-  for (int i = 0; i < dim / 2; i++) {
-    const double plain = std::pow(m.rope_theta, -2.0 * i / dim);
-    const double ramp = m.yarn_factor == 1 ? 0 : std::clamp((i - lo) / (hi - lo), 0.0, 1.0);
-    out[static_cast<size_t>(i)] = static_cast<float>(ramp * plain / m.yarn_factor + (1 - ramp) * plain);
+  if (yarn != 0) {
+    r.factor = m.yarn_factor = yarn, model.rope_scale = static_cast<float>(qn::yarn_attention_factor(yarn));
+    m.context = static_cast<int>(std::min(r.original * yarn, static_cast<double>(qn::kMaxContext)));
   }
-  return out;
+  model.inv_freq = qn::rope_frequencies(r);
 }
 
 static ChatStyle chat_style(const QnFile& f) {
@@ -178,7 +177,7 @@ static void read_general(const QnFile& f, ModelInfo& m) {
 }
 
 // Every number of the configuration, bounded by core/limits.h so that no product of two below overflows.
-static Model read_config(const QnFile& f) {
+static Model read_config(const QnFile& f, double yarn) {
   Model model;
   ModelInfo& m = model.info;
   read_general(f, m);
@@ -228,8 +227,7 @@ static Model read_config(const QnFile& f) {
   const std::vector<int64_t> kinds = f.integers("model.layer_kinds", qn::kMaxLayers, 0, 1);
   if (kinds.size() != static_cast<size_t>(m.layers)) fail("%s: model.layer_kinds: expected %d entries, got %zu", path, m.layers, kinds.size());
   for (int64_t k : kinds) model.attention.push_back(k == 1);
-  model.rope_scale = static_cast<float>(f.real("rope.attention_factor", 1e-3, 1e3));
-  model.inv_freq = rope_frequencies(f, m);
+  read_rope(f, model, yarn);
   for (int32_t id : m.end_tokens)
     if (id >= m.vocab) fail("%s: token.end: expected ids below %d, got %d", path, m.vocab, id);
   return model;
@@ -466,7 +464,7 @@ struct Engine::Impl {
 
 Engine Engine::open(const std::string& path, const Options& options, const Progress& progress) {
   auto e = std::make_unique<Impl>(QnFile::open(path));
-  e->model = read_config(e->file);
+  e->model = read_config(e->file, options.rope_yarn);
   e->act = parse_act(options);
   e->kv_type = options.kv_type == "int8" ? DType::I8 : options.kv_type == "f32" || (options.kv_type.empty() && e->act == Act::F32) ? DType::F32 : DType::BF16;
   e->mtp = options.mtp && e->model.info.mtp;

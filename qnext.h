@@ -43,6 +43,7 @@ struct Options {
   std::string isa = "auto";         // CPU kernels: auto | scalar | avx2 | avx512
   int threads = 0;                  // 0: physical cores
   int ctx = 0;                      // positions; 0: what the model allows, or fits
+  double rope_yarn = 0;             // YaRN: context of the model times this; 0: what the file says
   int ubatch = 0;                   // tokens per pass in prefill; 0: chosen by the plan
   uint64_t ram = 0;                 // bytes this process may use; 0: what the system allows
   Verify verify = Verify::Auto;

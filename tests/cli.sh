@@ -56,6 +56,8 @@ refused 2 "device" "$cli" -m "$m" --device cuda:0, -p x
 refused 1 "expected one GPU" "$cli" -m "$m" --device cuda:0,1 -p x
 refused 1 "empty" "$cli" -m "$m" -p ""
 refused 1 "empty" "$cli" -m "$m"
+refused 2 "from 1 to" "$cli" -m "$m" --rope-yarn 0.5 -p x
+refused 2 "rope-yarn" "$cli" -m "$m" --rope-yarn 4x -p x
 refused 1 "ctx" "$cli" -m "$m" --ctx 8 -p "A prompt that is certainly longer than eight tokens, is it not?"
 refused 1 "array" "$cli" -m "$m" --tools "$stories/config.json" -p x
 head -c 100000 "$m" >"$tmp/short.qn"

@@ -139,6 +139,13 @@ if wanted stories; then
     judge $? "stories bf16, --check" "perplexity $(member ppl "$out/stories.json"), $(member ppl_percent "$out/stories.json") % off (at most 0.1)"
     perplexity -m "$stories.qn" --act f32 --check "$expected" >"$out/stories-f32.json"
     judge $? "stories f32, --check" "perplexity $(member ppl "$out/stories-f32.json"), max |d nll| $(member nll_max_d "$out/stories-f32.json")"
+    whole=$(member ppl "$out/stories.json")
+    for pieces in 211 1; do
+      perplexity -m "$stories.qn" --ubatch $pieces --check "$expected" >"$out/stories-pieces.json"
+      here=$(member ppl "$out/stories-pieces.json")
+      holds "${here:-9} / ${whole:-1} - 1 <= 0.001 && ${here:-0} / ${whole:-1} - 1 >= -0.001"
+      judge $? "stories bf16, in pieces of $pieces" "perplexity $here, in one piece $whole (within 0.1 %)"
+    done
     perplexity -m "$stories.qn" --against "$stories.qn" --against-device cpu --against-act f32 --check "$expected" >"$out/stories-kl.json"
     kl=$(member kl_mean "$out/stories-kl.json")
     holds "${kl:-9} <= 1e-4"

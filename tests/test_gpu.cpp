@@ -119,6 +119,65 @@ TEST_CASE("CUDA: stories, BF16: prompts prefilled at once and token by token giv
   }
 }
 
+// Lines of held-out stories, without questions or secrets
+std::vector<std::string> story_lines() {
+  std::ifstream in(std::string(QN_STORIES) + "/heldout.txt");
+  std::vector<std::string> lines;
+  for (std::string line; std::getline(in, line);)
+    if (line.size() > 200 && line.find('|') == std::string::npos && line.find("secret") == std::string::npos) lines.push_back(line);
+  return lines;
+}
+
+// A chat of about `length` tokens that names a number at its beginning and asks for it at its end
+Ids needle(const Engine& e, const std::vector<std::string>& lines, int seed, int length, std::string* number) {
+  static const char* const places[] = {"forest", "tower", "castle", "river", "school", "garden", "farm", "meadow"};
+  const std::string place = places[seed % 8];
+  *number = std::to_string(1000 + seed * 7919 % 9000);
+  std::string text = "<|im_start|>user\nThe secret number of the " + place + " is " + *number + ".\n";
+  for (size_t i = 0; static_cast<int>(e.tokenize(text, true).size()) < length - 20; i++) text += lines[(static_cast<size_t>(seed) * 31 + i) % lines.size()] + "\n";
+  return e.tokenize(text + "\nWhat is the secret number of the " + place + "?<|im_end|>\n<|im_start|>assistant\n", true);
+}
+
+TEST_CASE("CUDA: stories: a number hidden 1,000 tokens back is found; at 4K and 16K answers are the CPU's") {
+  if (no_gpu()) return;
+  Options o = options();
+  o.ctx = 20000;
+  const std::string path = TestModels::get().path("stories");
+  Engine gpu = Engine::open(path, o);
+  o.device = "cpu", o.threads = 0;
+  Engine cpu = Engine::open(path, o);
+  const auto lines = story_lines();
+  REQUIRE(lines.size() > 50);
+  int found = 0;
+  for (int seed = 0; seed < 50; seed++) {
+    std::string number;
+    Session s(gpu);
+    s.sync(needle(gpu, lines, seed, 1000, &number));
+    Ids answer;
+    for (int i = 0; i < 24; i++) answer.push_back(qn::argmax(s.logits())), s.step(answer.back());
+    found += gpu.detokenize(answer).find(" " + number + ".") != std::string::npos;
+  }
+  MESSAGE(found, " of 50 numbers found");
+  CHECK(found >= 45);
+  for (const auto& [length, prompts] : {std::pair{4000, 6}, {16000, 2}}) {
+    int differ = 0, same = 0;
+    for (int seed = 0; seed < prompts; seed++) {
+      std::string number;
+      const Ids prompt = needle(gpu, lines, 100 + seed, length, &number);
+      Session a(gpu), b(cpu);
+      a.sync(prompt), b.sync(prompt);
+      for (int i = 0; i < 12; i++) {  // both are fed the CPU's choice
+        const int32_t next = qn::argmax(b.logits());
+        const bool equal = qn::argmax(a.logits()) == next;
+        same += equal, differ += !equal && lead(b.logits()) >= 0.1f;
+        a.step(next), b.step(next);
+      }
+    }
+    MESSAGE(length, " tokens: ", same, " of ", 12 * prompts, " choices alike, ", differ, " differ where the CPU's is clear");
+    CHECK(differ == 0);
+  }
+}
+
 TEST_CASE("CUDA: rows of steps of 1 to 8 tokens have the same bits") {
   if (no_gpu()) return;
   for (const auto& [act, kv_type] : {std::pair{"bf16", ""}, {"int8", ""}, {"f32", ""}, {"bf16", "int8"}, {"f32", "int8"}}) {

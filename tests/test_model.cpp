@@ -228,6 +228,32 @@ TEST_CASE("one prefill equals any split of it and token by token") {
   }
 }
 
+TEST_CASE("--rope-yarn: that of the file, in place of the file's, and for a file without") {
+  const Ids tokens = some_tokens(200, 320);
+  const auto logits = [&](const char* model, double factor, int* context) {
+    Options o = options("cpu");
+    o.rope_yarn = factor;
+    Engine e = Engine::open(TestModels::get().path(model), o);
+    *context = e.info().context;
+    CHECK(e.info().yarn_factor == doctest::Approx(factor ? factor : std::string(model) == "tiny-yarn" ? 4 : 1));
+    Session s(e);
+    s.sync(tokens);
+    return Floats(s.logits().begin(), s.logits().end());
+  };
+  int context = 0, plain = 0;
+  const Floats file = logits("tiny-yarn", 0, &context);
+  CHECK(context == 256);
+  CHECK(worst(file, logits("tiny-yarn", 4, &context)) == 0);  // its original context is 64
+  CHECK(context == 256);
+  CHECK(relative(file, logits("tiny-yarn", 8, &context)) > 1e-3);
+  CHECK(context == 512);
+  const Floats none = logits("tiny", 0, &plain);
+  CHECK(worst(none, logits("tiny", 1, &context)) == 0);
+  CHECK(context == plain);
+  CHECK(relative(none, logits("tiny", 4, &context)) > 1e-3);
+  CHECK(context == 4 * plain);
+}
+
 TEST_CASE("rows of a step do not depend on its size, nor on the number of threads") {
   for (const auto& [act, kv_type] : {std::pair{"f32", ""}, {"bf16", ""}, {"int8", ""}, {"int8", "int8"}}) {
     const std::string path = TestModels::get().path("stories", DType::INT4, DType::INT8, 32);

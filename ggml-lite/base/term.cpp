@@ -104,6 +104,14 @@ int parse_count(const std::string& text, const char* option, int min, int max) {
   return v;
 }
 
+double parse_number(const std::string& text, const char* option, double min, double max) {
+  double v = 0;
+  const char* const end = text.data() + text.size();
+  const auto [p, error] = std::from_chars(text.data(), end, v);
+  if (error != std::errc() || p != end || !(v >= min && v <= max)) fail("%s: expected a number from %g to %g, got \"%s\"", option, min, max, text.c_str());
+  return v;
+}
+
 std::string parse_choice(const std::string& text, const char* option, std::initializer_list<const char*> choices) {
   std::string all;
   for (const char* c : choices) {
