@@ -405,14 +405,14 @@ static uint64_t scratch_bytes(const Model& m, int t) {
   return static_cast<uint64_t>(t * row + kLogitRows * static_cast<int64_t>(i.vocab)) * sizeof(float);
 }
 
-static qn::OpLimits op_limits(const Model& m, int ubatch, int ctx) {
+static qn::OpLimits op_limits(const Model& m, int ubatch, int ctx, DType kv_type) {
   const ModelInfo& i = m.info;
   qn::OpLimits l;
   l.tokens = ubatch;
   l.width = std::max<int64_t>({m.qkvz_rows(), m.qgkv_rows(), 2 * i.width, i.heads * i.head_dim, i.value_heads * i.value_dim, 2 * i.shared_width, 2 * i.expert_width});
   l.vocab = i.vocab;
   l.experts = i.experts, l.chosen = i.chosen, l.expert_width = i.expert_width, l.model_width = i.width;
-  l.heads = i.heads, l.context = ctx;
+  l.heads = i.heads, l.context = ctx, l.kv_codes = kv_type == DType::I8 ? i.kv_heads * i.head_dim : 0;
   l.value_heads = i.value_heads, l.key_heads = i.key_heads, l.key_dim = i.key_dim, l.value_dim = i.value_dim;
   return l;
 }
@@ -428,7 +428,7 @@ static Plan make_plan(const QnFile& file, const Model& m, const Options& o, DTyp
   r.model_context = m.info.context, r.ctx = o.ctx, r.ubatch = o.ubatch;
   r.scratch = [&](int ubatch, int ctx) {
     const int t = std::min(ubatch, ctx);
-    return scratch_bytes(m, t) + device.scratch_bytes(op_limits(m, t, ctx));
+    return scratch_bytes(m, t) + device.scratch_bytes(op_limits(m, t, ctx, kv_type));
   };
   const qn::MemoryPlan p = qn::plan_memory(r);
   return {{}, {}, {}, p.ctx, p.ubatch, p.weights, p.kv, p.state, p.scratch, r.budget};
@@ -585,7 +585,7 @@ struct Session::Impl {
     moe.ids = take(t, i.chosen, DType::I32), moe.weights = take(t, i.chosen), moe.inner = take(t * i.chosen, i.expert_width);
     step_memory = device.alloc(2 * sizeof(StepParams), "step parameters");
     step = static_cast<StepParams*>(step_memory.data());
-    device.reserve(op_limits(m, ubatch, e.plan.ctx));
+    device.reserve(op_limits(m, ubatch, e.plan.ctx, e.kv_type));
   }
   ~Impl() { device.forget(this); }
 

@@ -59,8 +59,9 @@ inline bool attention_is_fast(const AttentionArgs& a) {
 void attention_append(const Context&, const Attn&, DType cache);  // norm and rotation of k; k and v to the cache
 void attention_exact(const Context&, const Attn&, DType cache);   // attention_append(), then fp32 products, unhurried
 
-// ---- attn_wgmma.cu: many tokens over a BF16 cache that holds them already, on sm_90a; p is rounded to BF16. False: not here, or not worth it.
-bool attention_wgmma(const Context&, const Attn&);
+// ---- attn_wgmma.cu: many tokens over a cache of BF16 or `codes` that holds them already, on sm_90a; p, and what codes stand for, rounded to
+// BF16. False: not here, or not worth it.
+bool attention_wgmma(const Context&, Attn, bool codes);
 
 // ---- one head of one token, by one warp -------------------------------------------------------------------------------
 

@@ -298,8 +298,10 @@ void attention_many(const Context& ctx, const AttentionArgs& args) {
   if (!attention_is_fast(args) || ctx.shared_max < flash_bytes<4, 32, true>()) return attention_exact(ctx, a, args.k_cache.dtype);
   attention_append(ctx, a, args.k_cache.dtype);
   a.q_scale *= kLog2e;
-  if (args.k_cache.dtype == DType::I8) many<true>(ctx, a);
-  else if (!attention_wgmma(ctx, a)) many<false>(ctx, a);
+  const bool codes = args.k_cache.dtype == DType::I8;
+  if (attention_wgmma(ctx, a, codes)) return;
+  if (codes) many<true>(ctx, a);
+  else many<false>(ctx, a);
 }
 
 }  // namespace qn::cuda

@@ -1,4 +1,6 @@
-// Causal attention of many tokens over a BF16 cache with the matrix instructions of sm_90a (wgmma): what attn_prefill.cu does there otherwise.
+// Causal attention of many tokens with the matrix instructions of sm_90a (wgmma): what attn_prefill.cu does there otherwise. Over a BF16 cache;
+// one of codes is first written out as BF16 into scratch memory, all positions so far: 3 bytes moved for each code where the products
+// take hundreds of FLOP, and so half the time of the kernel that widens every tile again.
 //
 //   block    128 rows, row = token * G + head. Three groups of 4 warps: the first copies K and V, the other two multiply, 64 rows each.
 //   tile     64 keys. Of K and of V it is two halves, dims 0..127 and 128..255; a half has a slot of the ring.
@@ -330,15 +332,46 @@ __global__ __launch_bounds__(kThreads, 1) void attn_wgmma_k([[maybe_unused]] con
 #endif
 }
 
+// Codes -> code * scale in BF16, positions 0 .. pos + T - 1. k, v (HK, C, 256). 16 values a thread.
+__global__ __launch_bounds__(256) void attn_widen_cache_k(const Attn a, uint16_t* k, uint16_t* v) {
+  let_next_start();
+  wait_for_previous();
+  const int64_t keys = a.start() + a.tokens, pieces = 2 * a.kv_heads * keys * (kWidth / 16);
+  for (int64_t i = static_cast<int64_t>(blockIdx.x) * 256 + threadIdx.x; i < pieces; i += static_cast<int64_t>(gridDim.x) * 256) {
+    const int c = static_cast<int>(i % (kWidth / 16));
+    const int64_t row = i / (kWidth / 16), position = row % keys;
+    const int plane = static_cast<int>(row / keys), head = plane >> 1;
+    const bool values = plane & 1;
+    const int8_t* codes = values ? static_cast<const int8_t*>(a.v_cache) + head * a.v_stride : static_cast<const int8_t*>(a.k_cache) + head * a.k_stride;
+    const uint16_t* scales = values ? a.v_scales + head * a.v_scales_stride : a.k_scales + head * a.k_scales_stride;
+    const float scale = half_bits_to_float(scales[2 * position + c / 8]);
+    const uint4 x = reinterpret_cast<const uint4*>(codes + position * kWidth)[c];
+    uint4* to = reinterpret_cast<uint4*>((values ? v : k) + (static_cast<int64_t>(head) * a.context + position) * kWidth) + 2 * c;
+    const auto pair = [&](uint32_t w, int at) {
+      return pack_bf16(static_cast<float>(static_cast<int8_t>(w >> at)) * scale, static_cast<float>(static_cast<int8_t>(w >> (at + 8))) * scale);
+    };
+    to[0] = make_uint4(pair(x.x, 0), pair(x.x, 16), pair(x.y, 0), pair(x.y, 16));
+    to[1] = make_uint4(pair(x.z, 0), pair(x.z, 16), pair(x.w, 0), pair(x.w, 16));
+  }
+}
+
 }  // namespace
 
-// False: not done, because the device or this build has no such instructions, or for want of blocks.
-bool attention_wgmma(const Context& ctx, const Attn& a) {
+// False: not done, because the device or this build has no such instructions, or for want of blocks, or of room for the widened cache.
+bool attention_wgmma(const Context& ctx, Attn a, bool codes) {
   const int64_t each = kRows / (a.heads / a.kv_heads), blocks = (a.tokens + each - 1) / each * a.kv_heads;
   if (2 * blocks < ctx.sms || ctx.shared_max < kBytes) return false;
   cudaFuncAttributes code;
   check(cudaFuncGetAttributes(&code, attn_wgmma_k), "attention");
   if (code.numRegs < 128) return false;  // the empty body
+  if (codes) {
+    Scratch s(ctx);
+    const int64_t plane = static_cast<int64_t>(a.kv_heads) * a.context * kWidth;
+    if (s.left() < static_cast<size_t>(2 * plane) * sizeof(uint16_t) + 512) return false;
+    uint16_t *k = s.take<uint16_t>(plane), *v = s.take<uint16_t>(plane);
+    launch(ctx, "attention", attn_widen_cache_k, dim3(static_cast<unsigned>(8 * ctx.sms)), 256, 0, a, k, v);
+    a.k_cache = k, a.v_cache = v, a.k_stride = a.v_stride = static_cast<int64_t>(a.context) * kWidth;
+  }
   launch(ctx, "attention", attn_wgmma_k, dim3(static_cast<unsigned>(blocks)), kThreads, kBytes, a);
   return true;
 }

@@ -39,6 +39,7 @@ struct OpLimits {
   int64_t expert_width = 0, model_width = 0;
   int heads = 0;        // H
   int64_t context = 0;  // C
+  int64_t kv_codes = 0; // HK*DH where the cache is INT8
   int value_heads = 0, key_heads = 0;  // GV, GK
   int64_t key_dim = 0, value_dim = 0;  // DK, DV
 };
