@@ -811,9 +811,7 @@ size_t attention_scratch(const OpLimits& limits) {
   Scratch s;
   s.take<float>(chunks * rows * kWidth);
   s.take<float2>(chunks * rows);
-  Scratch widened;  // attn_wgmma.cu
-  if (limits.tokens > kFewTokens) widened.take<uint16_t>(limits.context * limits.kv_codes), widened.take<uint16_t>(limits.context * limits.kv_codes + 256);
-  return std::max(s.used(), widened.used());
+  return std::max(s.used(), attention_wgmma_scratch(limits));
 }
 
 }  // namespace qn::cuda

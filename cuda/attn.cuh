@@ -62,6 +62,7 @@ void attention_exact(const Context&, const Attn&, DType cache);   // attention_a
 // ---- attn_wgmma.cu: many tokens over a cache of BF16 or `codes` that holds them already, on sm_90a; p, and what codes stand for, rounded to
 // BF16. False: not here, or not worth it.
 bool attention_wgmma(const Context&, Attn, bool codes);
+size_t attention_wgmma_scratch(const OpLimits&);
 
 // ---- one head of one token, by one warp -------------------------------------------------------------------------------
 

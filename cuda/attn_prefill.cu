@@ -299,7 +299,7 @@ void attention_many(const Context& ctx, const AttentionArgs& args) {
   attention_append(ctx, a, args.k_cache.dtype);
   a.q_scale *= kLog2e;
   const bool codes = args.k_cache.dtype == DType::I8;
-  if (attention_wgmma(ctx, a, codes)) return;
+  if (args.act != Act::F32 && attention_wgmma(ctx, a, codes)) return;
   if (codes) many<true>(ctx, a);
   else many<false>(ctx, a);
 }

@@ -24,6 +24,8 @@
 // Order of the ring: K0 K1 V0 K2 V1 K3 ... K(n-1) V(n-2) V(n-1), as a group of warps issues its products: q K' of a tile, then p V of the tile
 // before it. o is scaled under the one, softmax runs under the other. Each half is filled by one warp, up to four at a time; it waits for its own
 // copies, makes them visible to wgmma (which reads past the path of ordinary accesses) and says so at the barrier.
+#include <utility>
+
 #include "cuda/attn.cuh"
 
 namespace qn::cuda {
@@ -357,6 +359,17 @@ __global__ __launch_bounds__(256) void attn_widen_cache_k(const Attn a, uint16_t
 
 }  // namespace
 
+// What codes stand for, positions x values of a position: keys, values
+static std::pair<uint16_t*, uint16_t*> take_widened(Scratch& s, int64_t context, int64_t values) {
+  uint16_t* const k = s.take<uint16_t>(context * values);
+  return {k, s.take<uint16_t>(context * values)};
+}
+size_t attention_wgmma_scratch(const OpLimits& l) {
+  Scratch s;
+  if (l.tokens > kFewTokens) take_widened(s, l.context, l.kv_codes);
+  return s.used();
+}
+
 // False: not done, because the device or this build has no such instructions, or for want of blocks, or of room for the widened cache.
 bool attention_wgmma(const Context& ctx, Attn a, bool codes) {
   const int64_t each = kRows / (a.heads / a.kv_heads), blocks = (a.tokens + each - 1) / each * a.kv_heads;
@@ -365,10 +378,11 @@ bool attention_wgmma(const Context& ctx, Attn a, bool codes) {
   check(cudaFuncGetAttributes(&code, attn_wgmma_k), "attention");
   if (code.numRegs < 128) return false;  // the empty body
   if (codes) {
-    Scratch s(ctx);
-    const int64_t plane = static_cast<int64_t>(a.kv_heads) * a.context * kWidth;
-    if (s.left() < static_cast<size_t>(2 * plane) * sizeof(uint16_t) + 512) return false;
-    uint16_t *k = s.take<uint16_t>(plane), *v = s.take<uint16_t>(plane);
+    Scratch s(ctx), needed;
+    const int64_t values = static_cast<int64_t>(a.kv_heads) * kWidth;
+    take_widened(needed, a.context, values);
+    if (s.left() < needed.used()) return false;
+    const auto [k, v] = take_widened(s, a.context, values);
     launch(ctx, "attention", attn_widen_cache_k, dim3(static_cast<unsigned>(8 * ctx.sms)), 256, 0, a, k, v);
     a.k_cache = k, a.v_cache = v, a.k_stride = a.v_stride = static_cast<int64_t>(a.context) * kWidth;
   }

@@ -8,6 +8,8 @@
 //
 //   lane l of a warp:   columns 4 (l / 16) ... + 3,  rows 16 i + l % 16 (few tokens)  or  64 i + 4 (l % 16) ... + 3 (many)
 //
+// (Long calls go in chunks of 64 on tensor cores, gdn_chunk.cu, unless Act::F32 forbids their rounding.)
+//
 // Few tokens: one kernel, token by token. Each block convolves the q and k it needs (128 channels each) again: that is cheaper
 // than a kernel more. Many tokens: one kernel prepares q, k, v and small matrices for groups of eight tokens, a second one
 // takes S through the groups: its two passes over S serve eight tokens, and only one sum over lanes does.
@@ -468,9 +470,8 @@ void delta_net(const Context& c, const DeltaNetArgs& args) {
   const auto columns = static_cast<unsigned>(a.dv / kColumns), heads = static_cast<unsigned>(a.gv), keys = static_cast<unsigned>(a.gk);
   const bool fast = a.dk == kDim, many = fast && a.tokens > kFewTokens;
   a.ring_inside = !many && a.slots >= a.tokens + 3;
-  if (many && args.act != Act::F32 && delta_net_chunks(c, a)) {
-    // done
-  } else if (many) {
+  const bool in_chunks = many && args.act != Act::F32 && delta_net_chunks(c, a);
+  if (many && !in_chunks) {
     Scratch scratch(c);
     const Prepared p = take_prepared(scratch, a.tokens, a.gk, a.gv, a.dv);
     for (int begin = 0; begin < a.tokens; begin += kSegment) {
@@ -478,7 +479,7 @@ void delta_net(const Context& c, const DeltaNetArgs& args) {
       launch(c, "delta_net", delta_net_prepare_k, dim3(static_cast<unsigned>(groups), keys), dim3(256), 0, a, p, begin);
       launch(c, "delta_net", delta_net_scan_k, dim3(columns, heads), dim3(kThreads), 0, a, p, begin, groups);
     }
-  } else {
+  } else if (!many) {
     const int tokens = fast && a.tokens == 1 ? 1 : kFewTokens;
     const size_t bytes = few_shared(tokens, a.dk);
     QN_CHECK(bytes <= c.shared_max, "delta_net: keys of width %d need %zu bytes of shared memory, not %zu", a.dk, bytes, c.shared_max);

@@ -30,8 +30,8 @@ namespace qn::cuda {
 namespace {
 
 constexpr int kChunk = 64, kSegment = 1024, kThreads = 256, kColumns = 32;
-constexpr int kFewest = 128;       // tokens of a call; with fewer the groups of gdn.cu, which round nothing, are as fast
-constexpr int kPairs = 2;          // value heads that a block prepares at a time
+constexpr int kFewest = 128;         // tokens of a call; with fewer the groups of gdn.cu, which round nothing, are about as fast
+constexpr int kHeadsAtOnce = 2;      // value heads that a block prepares together
 constexpr int kStride = kChunk + 4;  // floats from row to row of T
 constexpr float kLeastLog = -100.f;  // log alpha; e^-100 is nothing, and sums of 64 keep their digits
 
@@ -65,9 +65,9 @@ Chunks take_chunks(Scratch& s, int64_t tokens, int64_t key_heads, int64_t value_
 __device__ __forceinline__ int row_at(int row, int c) { return row * (2 * kDim) + ((c ^ (row & 7)) << 4); }
 
 struct PrepareShared {
-  uint8_t q[kChunk * 2 * kDim], k[kChunk * 2 * kDim], v[kPairs][kChunk * 2 * kDim];  // v[0]: first what rounding leaves of k
-  float t[kPairs][kChunk][kStride];  // A, then T diag(beta)
-  float sum[kPairs][kChunk], grown[kPairs][kChunk], beta[kPairs][kChunk];  // G, e^G
+  uint8_t q[kChunk * 2 * kDim], k[kChunk * 2 * kDim], v[kHeadsAtOnce][kChunk * 2 * kDim];  // v[0]: first what rounding leaves of k
+  float t[kHeadsAtOnce][kChunk][kStride];  // A, then T diag(beta)
+  float sum[kHeadsAtOnce][kChunk], grown[kHeadsAtOnce][kChunk], beta[kHeadsAtOnce][kChunk];  // G, e^G
 };
 
 // Four channels of one input row of the convolution, i counted from the call's first token
@@ -98,7 +98,7 @@ __device__ __forceinline__ void store_row(uint8_t* rows, int row, int lane, cons
   *reinterpret_cast<uint2*>(rows + row_at(row, lane >> 1) + (lane & 1) * 8) = make_uint2(pack_bf16(y.x, y.y), pack_bf16(y.z, y.w));
 }
 
-__device__ __forceinline__ float left_by_bf16(float x) { return x - __bfloat162float(__float2bfloat16_rn(x)); }
+__device__ __forceinline__ float rest_of_bf16(float x) { return x - __bfloat162float(__float2bfloat16_rn(x)); }
 
 // Two sums of 16 x 8 side by side -> an A operand
 __device__ __forceinline__ uint4 operand(const float (&left)[4], const float (&right)[4]) {
@@ -152,7 +152,7 @@ __global__ void __launch_bounds__(kThreads, 2) delta_net_chunk_prepare_k(const D
            [&](int t, const float4& y) {
              const float4 k = scaled(y, inverse_norm(warp_sum(dot4(y, y))));
              store_row(s.k, 8 * warp + t, lane, k);
-             store_row(s.v[0], 8 * warp + t, lane, make_float4(left_by_bf16(k.x), left_by_bf16(k.y), left_by_bf16(k.z), left_by_bf16(k.w)));
+             store_row(s.v[0], 8 * warp + t, lane, make_float4(rest_of_bf16(k.x), rest_of_bf16(k.y), rest_of_bf16(k.z), rest_of_bf16(k.w)));
            });
   __syncthreads();
 
@@ -165,9 +165,9 @@ __global__ void __launch_bounds__(kThreads, 2) delta_net_chunk_prepare_k(const D
   }
 
 #pragma unroll 1
-  for (int pair = 0; pair < per_key; pair += kPairs) {
-    const int heads = min(kPairs, per_key - pair), head0 = key * per_key + pair;
-    __syncthreads();  // the pair before is done with
+  for (int h0 = 0; h0 < per_key; h0 += kHeadsAtOnce) {
+    const int heads = min(kHeadsAtOnce, per_key - h0), head0 = key * per_key + h0;
+    __syncthreads();  // the heads before are done with
     for (int h = 0; h < heads; h++)
       convolve(a, 2ll * a.gk * kDim + (head0 + h) * kDim + 4 * lane, pos, first + 8 * warp, [&](int t, const float4& y) { store_row(s.v[h], 8 * warp + t, lane, y); });
     const int mine = tid / kChunk, i = tid % kChunk;  // a value head and a token for each thread
@@ -199,7 +199,7 @@ __global__ void __launch_bounds__(kThreads, 2) delta_net_chunk_prepare_k(const D
     for (int step = 0; step < 8; step++) {
       uint32_t x[4];
       load_matrix_x4(x, (warp < 4 ? s.k : s.q) + row_at(16 * tile + (lane & 15), 2 * step + (lane >> 4)));
-      if (warp >= 4 && pair == 0) c.q_at(chunk, key)[(tile * 8 + step) * 32 + lane] = make_uint4(x[0], x[1], x[2], x[3]);
+      if (warp >= 4 && h0 == 0) c.q_at(chunk, key)[(tile * 8 + step) * 32 + lane] = make_uint4(x[0], x[1], x[2], x[3]);
 #pragma unroll
       for (int n = 0; n < 4; n++) {
         if (n > tile) continue;
@@ -289,7 +289,7 @@ __device__ __forceinline__ void multiply(float (&d)[4][4], const uint4& x, const
 // What a lane needs of a chunk. Warps 0..3 make u of 16 tokens, warps 4..7 make o of 16 tokens; each updates 16 rows of S.
 struct Lane {
   uint4 rows[8], keys[2][4], rest[4];  // w or q; k', hi and lo; sums of U or p
-  float by[2], end;                 // of tokens g, g + 8: e^(G_63 - G) or e^G; e^G_63
+  float by[2], end;                    // of tokens g, g + 8: e^(G_63 - G) or e^G; e^G_63
   __device__ __forceinline__ void load(const Chunks& c, int64_t n, int key, int head, int column) {
     const int lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32, tile = warp % 4;
     const uint4* from = (warp < 4 ? c.w_at(n, head) : c.q_at(n, key)) + tile * 8 * 32 + lane;

@@ -134,7 +134,11 @@ Ids needle(const Engine& e, const std::vector<std::string>& lines, int seed, int
   const std::string place = places[seed % 8];
   *number = std::to_string(1000 + seed * 7919 % 9000);
   std::string text = "<|im_start|>user\nThe secret number of the " + place + " is " + *number + ".\n";
-  for (size_t i = 0; static_cast<int>(e.tokenize(text, true).size()) < length - 20; i++) text += lines[(static_cast<size_t>(seed) * 31 + i) % lines.size()] + "\n";
+  size_t tokens = 30;  // the rest of the chat
+  for (size_t i = 0; tokens < static_cast<size_t>(length); i++) {
+    const std::string line = lines[(static_cast<size_t>(seed) * 31 + i) % lines.size()] + "\n";
+    text += line, tokens += e.tokenize(line, true).size();
+  }
   return e.tokenize(text + "\nWhat is the secret number of the " + place + "?<|im_end|>\n<|im_start|>assistant\n", true);
 }
 

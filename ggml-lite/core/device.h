@@ -98,6 +98,7 @@ struct AttentionArgs {
   float eps = 1e-6f;
   Tensor inv_freq;        // (R/2): radians per position
   float rope_scale = 1;   // factor on cos and sin (YaRN attention factor)
+  Act act = Act::F32;     // not F32: operands of the products of many tokens may be rounded to BF16; softmax stays fp32
   Tensor k_cache, v_cache;  // in/out (HK, C, DH) F32, BF16 (rounded to nearest even when stored) or I8 codes (core/blocks.h). What
                             // is attended to is what was stored, also for the keys and values of this call.
   Tensor k_scales, v_scales;  // in/out (HK, C, ceil(DH/128)) F16: of codes, else empty

@@ -215,19 +215,28 @@ struct Run {
   uint64_t planned() const { return plan.weights + plan.kv + plan.state + plan.scratch; }
 };
 
-// Floating point operations that `count` tokens from `position` on need: two per weight and token, attention over what lies before,
-// the delta rule in its recurrent form (decay is not counted), the head for the last token only.
-double flops(const Run& run, double position, double count) {
+// Floating point operations that `count` tokens from `position` on need in all operations of a kind ("sum": in all): two per weight and
+// token, attention over what lies before, the delta rule in its recurrent form (decay is not counted), the head for the last token only.
+double flops(const Run& run, const std::string& kind, double position, double count) {
   const ModelInfo& m = run.info;
-  const double d = m.width, attention = run.attention_layers, delta = m.layers - attention;
-  const double values = 1.0 * m.value_heads * m.value_dim, channels = 2.0 * m.key_heads * m.key_dim + values;
-  const double attention_weights = d * 2 * (m.heads + m.kv_heads) * m.head_dim + d * m.heads * m.head_dim;
-  const double delta_weights = d * (channels + values + 2 * m.value_heads) + channels * m.conv + values * d;
-  const double moe_weights = d * m.experts + 3 * d * m.chosen * m.expert_width + 3 * d * m.shared_width + d;
-  const double weights = attention * attention_weights + delta * delta_weights + m.layers * moe_weights;
-  const double per_token = 2 * weights + delta * 6 * values * m.key_dim;
+  const double d = m.width, attention = run.attention_layers, delta = m.layers - attention, moe = m.layers;
+  const double values = 1.0 * m.value_heads * m.value_dim, channels = 2.0 * m.key_heads * m.key_dim + values, wide = 1.0 * m.heads * m.head_dim;
   const double seen = count * position + count * (count + 1) / 2;  // keys, over all tokens
-  return count * per_token + attention * 4 * m.heads * m.head_dim * seen + 2.0 * m.vocab * d;
+  const auto weights = [&](double each) { return 2 * count * each; };
+  const std::pair<qn::Op, double> parts[] = {
+      {qn::Op::NormMatmul, weights(d * (attention * 2 * (m.heads + m.kv_heads) * m.head_dim + delta * (channels + values + 2 * m.value_heads))) + 2.0 * m.vocab * d},
+      {qn::Op::DeltaNet, delta * (weights(channels * m.conv) + count * 6 * values * m.key_dim)},
+      {qn::Op::GatedNormMatmul, weights(delta * values * d)},
+      {qn::Op::Attention, attention * 4 * wide * seen},
+      {qn::Op::GateMatmul, weights(attention * wide * d)},
+      {qn::Op::MoeRouter, weights(moe * d * (m.experts + 1 + 2 * m.shared_width))},
+      {qn::Op::MoeGateUp, weights(moe * m.chosen * 2 * d * m.expert_width)},
+      {qn::Op::MoeDown, weights(moe * d * (m.chosen * m.expert_width + m.shared_width))},
+  };
+  double sum = 0;
+  for (const auto& [op, n] : parts)
+    if (kind == "sum" || kind == qn::name(op)) sum += n;
+  return sum;
 }
 
 std::string iso_time() {
@@ -324,7 +333,7 @@ class Bench {
   Result prompt(int p, int n, int depth) {
     Result r = begin("pp" + std::to_string(p) + (n ? "+tg" + std::to_string(n) : ""), depth);
     r.prompt = p, r.gen = n;
-    if (!n) r.flops = flops(run_, depth, p);
+    if (!n) r.flops = flops(run_, "sum", depth, p);
     for (int turn = first_turn(); turn <= args_.repetitions; turn++) {
       go_to(depth);
       const std::vector<int32_t> tokens = following(p, turn);
@@ -375,7 +384,7 @@ class Bench {
     for (const OpTime& op : session_.profile(std::span(tokens).last(static_cast<size_t>(rows)))) {
       Result r = proto;
       r.name = op.name, r.rows = rows, r.calls = op.calls;
-      r.seconds = {op.seconds}, r.bytes = static_cast<double>(op.bytes);
+      r.seconds = {op.seconds}, r.bytes = static_cast<double>(op.bytes), r.flops = flops(run_, op.name, std::max(depth, 1), rows);
       out.push_back(std::move(r));
     }
     return out;
@@ -511,7 +520,7 @@ void pass_table(const Run& run, int depth) {
 
 void operation_table(const Run& run, int depth, int rows) {
   Result sum;
-  sum.kind = Result::Operation, sum.name = "sum", sum.bytes = 0, sum.seconds = {0};
+  sum.kind = Result::Operation, sum.name = "sum", sum.bytes = sum.flops = 0, sum.seconds = {0};
   std::vector<const Result*> list;
   double token = NAN;  // seconds of a whole decoded token or pass, if that was measured
   for (const Result& r : run.results) {
@@ -521,19 +530,19 @@ void operation_table(const Run& run, int depth, int rows) {
     if (r.kind == Result::Pass && r.rows == rows && rows > 1) token = mean;
     if (r.kind != Result::Operation || r.rows != rows) continue;
     list.push_back(&r);
-    sum.calls += r.calls, sum.bytes += r.bytes, sum.seconds[0] += mean;
+    sum.calls += r.calls, sum.bytes += r.bytes, sum.flops += r.flops, sum.seconds[0] += mean;
   }
   if (list.empty()) return;
   list.push_back(&sum);
   std::cout << '\n' << run.label
             << qn::format(": each operation of a pass over %d token%s alone, depth %d", rows, rows == 1 ? "" : "s", depth) << "\n\n";
   const std::vector<Column> columns = {{"operation", 20, true}, {"calls", 5}, {"us", 10}, {"MB", 10}, {"GB/s", 7}, {"% roof", 6},
-                                       {"% of sum", 8}};
+                                       {"TFLOP/s", 7}, {"% of sum", 8}};
   table_head(columns);
   for (const Result* r : list)
     table_row(columns, {r->name, std::to_string(r->calls), fixed(1e6 * r->seconds[0], 1), fixed(r->bytes / 1e6, 2),
                         fixed(r->moved_per_second() / 1e9, 1), fixed(run.roof_percent(*r), 1),
-                        fixed(100 * r->seconds[0] / sum.seconds[0], 1)});
+                        fixed(r->flops / r->seconds[0] / 1e12, 2), fixed(100 * r->seconds[0] / sum.seconds[0], 1)});
   if (std::isfinite(token)) std::cout << '\n' << qn::format("all together %.1f us, measured as a whole", 1e6 * token) << '\n';
 }
 
