@@ -628,13 +628,27 @@ int print_info(const Engine& engine, bool json) {
   text("device", p.device), text("activations", p.act), text("kv_type", p.kv_type), number("planned_context", p.ctx), number("ubatch", p.ubatch);
   number("weights_bytes", p.weights), number("kv_bytes", p.kv), number("state_bytes", p.state);
   number("scratch_bytes", p.scratch), number("budget_bytes", p.budget);
-  if (json) return words(o.dump() + "\n"), 0;
+  if (json) {
+    Json parts = Json::array();
+    const auto whole = [](uint64_t v) { return Json::number(static_cast<int64_t>(v)); };
+    for (const DevicePlan& d : p.devices)
+      parts.push(Json::object().set("device", Json::string(d.device)).set("first_layer", whole(static_cast<uint64_t>(d.begin)))
+                     .set("layers", whole(static_cast<uint64_t>(d.end - d.begin))).set("weights_bytes", whole(d.weights)).set("kv_bytes", whole(d.kv))
+                     .set("state_bytes", whole(d.state)).set("scratch_bytes", whole(d.scratch)).set("budget_bytes", whole(d.budget)));
+    return words(o.set("devices", parts).dump() + "\n"), 0;
+  }
   for (auto [key, value] : o.members()) {
     const bool bytes = key.ends_with("_bytes");
     const std::string shown = value.is_string() ? value.as_string(key) : bytes ? qn::human_gib(static_cast<uint64_t>(value.as_int(key))) : value.dump();
     if (bytes) key.resize(key.size() - 6);
     std::replace(key.begin(), key.end(), '_', ' ');
     words(qn::format("%-26s %s", key.c_str(), shown.c_str()) + "\n");
+  }
+  for (const DevicePlan& d : p.devices) {
+    if (p.devices.size() == 1) break;
+    const std::string layers = qn::format("layers %d to %d", d.begin, d.end - 1);
+    words(qn::format("%-26s %s: weights %s, cache %s, state %s, scratch %s of %s", layers.c_str(), d.device.c_str(), qn::human_gib(d.weights).c_str(),
+                     qn::human_gib(d.kv).c_str(), qn::human_gib(d.state).c_str(), qn::human_gib(d.scratch).c_str(), qn::human_gib(d.budget).c_str()) + "\n");
   }
   return 0;
 }

@@ -1,17 +1,18 @@
 // Qwen3-Next, read top to bottom:
 //   1. options        one table for all programs
 //   2. the file       configuration, read and bounded; weights, found and checked against it
-//   3. the machine    device, memory plan
+//   3. the machine    devices, memory plan: which layers and what else goes to which device
 //   4. the model      forward(): embedding, layers, head; and the multi-token-prediction layer
 //   5. the session    prefill, decode, going back, generation
 #include "qnext.h"
 
 #include <algorithm>
 #include <atomic>
+#include <bit>
 #include <chrono>
 #include <cmath>
-#include <cstring>
-#include <set>
+#include <cstdlib>
+#include <deque>
 #include <utility>
 
 #include "cuda/cuda.h"                        // make_cuda_device, list_cuda_devices
@@ -19,20 +20,23 @@
 #include "ggml-lite/base/term.h"              // parse_count, human_gib
 #include "ggml-lite/base/threads.h"           // default_threads
 #include "ggml-lite/core/limits.h"            // kMaxWidth, ...
+#include "ggml-lite/core/device_list.h"       // parse_devices
+#include "ggml-lite/core/loader.h"            // Loader
 #include "ggml-lite/core/measure.h"           // time_pass
-#include "ggml-lite/core/plan.h"              // plan_memory
+#include "ggml-lite/core/plan.h"              // plan_devices, split_layers
 #include "ggml-lite/core/qn.h"                // QnFile
 #include "ggml-lite/cpu/cpu.h"                // make_cpu_device
 #include "ggml-lite/nn/chooser.h"             // Chooser
 #include "ggml-lite/nn/gated_attention.h"     // gated_attention
 #include "ggml-lite/nn/gated_delta_net.h"     // gated_delta_net
-#include "ggml-lite/nn/hybrid_state.h"        // HybridState
+#include "ggml-lite/nn/hybrid_state.h"        // StateShape
+#include "ggml-lite/nn/layer_scratch.h"       // LayerDims, LayerScratch
+#include "ggml-lite/nn/pipeline.h"            // Pipeline
 #include "ggml-lite/nn/rope.h"                // rope_frequencies
 #include "ggml-lite/nn/sparse_moe.h"          // sparse_moe
 #include "ggml-lite/ref/ref.h"                // make_ref_device
 #include "ggml-lite/text/stream.h"            // TextStream
 #include "ggml-lite/text/tokenizer.h"         // Tokenizer
-#include "ggml-lite/base/hash.h"              // crc32c
 
 namespace qnext {
 
@@ -51,27 +55,11 @@ using qn::view;
 
 // ---- 1. options -------------------------------------------------------------------------------------------------------
 
-// "cuda" or "cuda:0,1": numbers may repeat
-static std::string parse_device(const std::string& text) {
-  bool ok = text == "auto" || text == "ref" || text == "cpu" || text == "cuda";
-  if (text.rfind("cuda:", 0) == 0) {
-    ok = true;
-    bool digit = false;  // the list ends with one, and a comma follows only one
-    for (char c : text.substr(5)) {
-      const bool is_digit = c >= '0' && c <= '9';
-      ok = ok && (is_digit || (c == ',' && digit));
-      digit = is_digit;
-    }
-    ok = ok && digit;
-  }
-  if (!ok) fail("--device: expected auto, ref, cpu, cuda or cuda:0,1, got \"%s\"", text.c_str());
-  return text;
-}
-
 std::span<const OptionRow> options_table() {
   static const OptionRow rows[] = {
-      {"--device", "WHERE", "auto, ref, cpu, cuda, cuda:0,1 (default auto: a GPU if there is one)",
-       [](Options& o, const std::string& v) { o.device = parse_device(v); }},
+      {"--device", "WHERE", "auto, ref, cpu, cuda, cuda:0,1: several hold a part of the layers each (default auto: a GPU if there is one)",
+       [](Options& o, const std::string& v) { qn::parse_devices(v), o.device = v; }},
+      {"--split", "N,N", "layers of each of several devices (default: equally many bytes)", [](Options& o, const std::string& v) { o.split = qn::parse_counts(v, "--split N,N", 1, qn::kMaxLayers); }},
       {"--act", "FORMAT", "round activations of matrix products: f32, bf16, int8 (default int8 on the CPU, bf16 on a GPU)",
        [](Options& o, const std::string& v) { o.act = parse_choice(v, "--act", {"f32", "bf16", "int8"}); }},
       {"--kv-type", "FORMAT", "KV cache: f32, bf16, int8 (default bf16; f32 with --act f32)",
@@ -111,33 +99,29 @@ struct Model {
   float rope_scale = 1;
 
   Tensor embed, norm, head;
+  Tensor last_embed;               // of the device that holds the last layers
   std::vector<Layer> layers;
   struct {
     Tensor norm_embed, norm_hidden, fc, norm;
     Layer layer;
   } mtp;
 
-  int channels() const { return 2 * info.key_heads * info.key_dim + info.value_heads * info.value_dim; }
-  int qkvz_rows() const { return channels() + info.value_heads * info.value_dim; }
-  int qgkv_rows() const { return 2 * (info.heads + info.kv_heads) * info.head_dim; }
+  qn::LayerDims dims() const {
+    const ModelInfo& i = info;
+    return {i.width, i.vocab, i.heads, i.kv_heads, i.head_dim, i.key_heads, i.value_heads, i.key_dim, i.value_dim, i.experts, i.chosen, i.expert_width, i.shared_width};
+  }
 };
 
 // The file's own scaling, or that of --rope-yarn, which stretches the context too
 static void read_rope(const QnFile& f, Model& model, double yarn) {
   ModelInfo& m = model.info;
-  qn::RopeScaling r;
-  r.theta = m.rope_theta, r.dim = m.rotary_dim, r.factor = m.yarn_factor, r.original = m.context;
-  model.rope_scale = static_cast<float>(f.real("rope.attention_factor", 1e-3, 1e3));
-  if (m.yarn_factor != 1) {
-    r.original = static_cast<double>(f.integer("rope.yarn_original_context", 1, qn::kMaxYarnContext));
-    r.beta_fast = f.real("rope.yarn_beta_fast", 1e-3, 1e6), r.beta_slow = f.real("rope.yarn_beta_slow", 1e-3, 1e6);
-    r.truncate = f.integer("rope.yarn_truncate", 0, 1);
-  }
+  qn::RopeScaling r = qn::read_rope(f, m.rotary_dim, m.context);
   if (yarn != 0) {
-    r.factor = m.yarn_factor = yarn, model.rope_scale = static_cast<float>(qn::yarn_attention_factor(yarn));
+    r.factor = yarn, r.attention_factor = qn::yarn_attention_factor(yarn);
     m.context = static_cast<int>(std::min(r.original * yarn, static_cast<double>(qn::kMaxContext)));
   }
-  model.inv_freq = qn::rope_frequencies(r);
+  m.rope_theta = r.theta, m.yarn_factor = r.factor;
+  model.rope_scale = static_cast<float>(r.attention_factor), model.inv_freq = qn::rope_frequencies(r);
 }
 
 static ChatStyle chat_style(const QnFile& f) {
@@ -182,47 +166,37 @@ static Model read_config(const QnFile& f, double yarn) {
   ModelInfo& m = model.info;
   read_general(f, m);
   if (!f.has("model.layers") && f.find("tokenizer")) fail("%s: this file holds only a tokenizer; use it with --tokenize or --detokenize", f.path().c_str());
-  auto get = [&](const char* key, int64_t min, int64_t max) { return static_cast<int>(f.integer(key, min, max)); };
-  m.layers = get("model.layers", 1, qn::kMaxLayers);
-  m.width = get("model.width", qn::kMinWidth, qn::kMaxWidth);
-  m.vocab = get("model.vocab", 1, qn::kMaxVocab);
-  m.context = get("model.context", 1, qn::kMaxContext);
-  model.eps = static_cast<float>(f.real("model.rms_eps", 0, 1));
-  m.heads = get("attention.heads", 1, qn::kMaxHeads);
-  m.kv_heads = get("attention.kv_heads", 1, qn::kMaxHeads);
-  m.head_dim = get("attention.head_dim", qn::kMinHeadDim, qn::kMaxHeadDim);
-  m.rotary_dim = get("attention.rotary_dim", qn::kMinRotaryDim, qn::kMaxHeadDim);
-  m.rope_theta = f.real("rope.theta", qn::kMinRopeTheta, qn::kMaxRopeTheta);
-  m.yarn_factor = f.real("rope.yarn_factor", 1, qn::kMaxYarnFactor);
-  m.key_heads = get("delta.key_heads", 1, qn::kMaxHeads);
-  m.value_heads = get("delta.value_heads", 1, qn::kMaxHeads);
-  m.key_dim = get("delta.key_dim", qn::kMinHeadDim, qn::kMaxHeadDim);
-  m.value_dim = get("delta.value_dim", qn::kMinHeadDim, qn::kMaxHeadDim);
-  m.conv = get("delta.conv", qn::kConv, qn::kConv);
-  m.experts = get("moe.experts", 1, qn::kMaxExperts);
-  m.chosen = get("moe.chosen", 1, qn::kMaxChosen);
-  m.expert_width = get("moe.expert_width", qn::kMinWidth, qn::kMaxWidth);
-  m.shared_width = get("moe.shared_width", qn::kMinWidth, qn::kMaxWidth);
-  model.renormalise = get("moe.renormalise", 0, 1) == 1;
-  m.mtp = get("model.mtp", 0, 1) == 1;
-
+  static constexpr struct {
+    const char* key;
+    int ModelInfo::*value;
+    int64_t min, max, multiple;
+  } numbers[] = {
+      {"model.layers", &ModelInfo::layers, 1, qn::kMaxLayers, 1}, {"model.width", &ModelInfo::width, qn::kMinWidth, qn::kMaxWidth, qn::kWidthMultiple},
+      {"model.vocab", &ModelInfo::vocab, 1, qn::kMaxVocab, 1}, {"model.context", &ModelInfo::context, 1, qn::kMaxContext, 1},
+      {"attention.heads", &ModelInfo::heads, 1, qn::kMaxHeads, 1}, {"attention.kv_heads", &ModelInfo::kv_heads, 1, qn::kMaxHeads, 1},
+      {"attention.head_dim", &ModelInfo::head_dim, qn::kMinHeadDim, qn::kMaxHeadDim, qn::kHeadDimMultiple},
+      {"attention.rotary_dim", &ModelInfo::rotary_dim, qn::kMinRotaryDim, qn::kMaxHeadDim, qn::kRotaryDimMultiple},
+      {"delta.key_heads", &ModelInfo::key_heads, 1, qn::kMaxHeads, 1}, {"delta.value_heads", &ModelInfo::value_heads, 1, qn::kMaxHeads, 1},
+      {"delta.key_dim", &ModelInfo::key_dim, qn::kMinHeadDim, qn::kMaxHeadDim, qn::kHeadDimMultiple},
+      {"delta.value_dim", &ModelInfo::value_dim, qn::kMinHeadDim, qn::kMaxHeadDim, qn::kHeadDimMultiple},
+      {"delta.conv", &ModelInfo::conv, qn::kConv, qn::kConv, 1}, {"moe.experts", &ModelInfo::experts, 1, qn::kMaxExperts, 1},
+      {"moe.chosen", &ModelInfo::chosen, 1, qn::kMaxChosen, 1}, {"moe.expert_width", &ModelInfo::expert_width, qn::kMinWidth, qn::kMaxWidth, qn::kWidthMultiple},
+      {"moe.shared_width", &ModelInfo::shared_width, qn::kMinWidth, qn::kMaxWidth, qn::kWidthMultiple},
+  };
   const char* path = f.path().c_str();
   auto multiple = [&](const char* what, int64_t v, int64_t of) {
     if (v % of) fail("%s: %s: expected a multiple of %d, got %d", path, what, static_cast<int>(of), static_cast<int>(v));
   };
-  multiple("model.width", m.width, qn::kWidthMultiple);
-  multiple("attention.head_dim", m.head_dim, qn::kHeadDimMultiple);
-  multiple("attention.rotary_dim", m.rotary_dim, qn::kRotaryDimMultiple);
-  multiple("delta.key_dim", m.key_dim, qn::kHeadDimMultiple);
-  multiple("delta.value_dim", m.value_dim, qn::kHeadDimMultiple);
-  multiple("moe.expert_width", m.expert_width, qn::kWidthMultiple);
-  multiple("moe.shared_width", m.shared_width, qn::kWidthMultiple);
+  for (const auto& n : numbers) m.*n.value = static_cast<int>(f.integer(n.key, n.min, n.max)), multiple(n.key, m.*n.value, n.multiple);
+  model.eps = static_cast<float>(f.real("model.rms_eps", 0, 1));
+  model.renormalise = f.integer("moe.renormalise", 0, 1) == 1;
+  m.mtp = f.integer("model.mtp", 0, 1) == 1;
   multiple("attention.heads", m.heads, m.kv_heads);
   multiple("delta.value_heads", m.value_heads, m.key_heads);
   if (m.rotary_dim > m.head_dim) fail("%s: attention.rotary_dim: expected at most head_dim %d, got %d", path, m.head_dim, m.rotary_dim);
   if (m.chosen > m.experts) fail("%s: moe.chosen: expected at most %d experts, got %d", path, m.experts, m.chosen);
   if (static_cast<int64_t>(m.experts) * m.layers > qn::kMaxExpertRecords) fail("%s: %d experts in %d layers are more than this program handles", path, m.experts, m.layers);
-  if (model.qkvz_rows() > qn::kMaxProjectionRows || model.qgkv_rows() > qn::kMaxProjectionRows) fail("%s: head counts and widths give projections of over a million rows", path);
+  if (model.dims().qkvz_rows() > qn::kMaxProjectionRows || model.dims().qgkv_rows() > qn::kMaxProjectionRows) fail("%s: head counts and widths give projections of over a million rows", path);
 
   const std::vector<int64_t> kinds = f.integers("model.layer_kinds", qn::kMaxLayers, 0, 1);
   if (kinds.size() != static_cast<size_t>(m.layers)) fail("%s: model.layer_kinds: expected %d entries, got %zu", path, m.layers, kinds.size());
@@ -237,22 +211,36 @@ static std::string format_of(DType t, int group) {
   return group ? std::string(qn::name(t)) + " g" + std::to_string(group) : qn::name(t);
 }
 
-// Binds names to views on the mapping, or on the device's copy of it; every shape follows from the configuration.
+// A device and the layers it holds. The first also has the embedding; the last what comes behind the layers.
+struct Part {
+  std::unique_ptr<Device> device;  // outlives what is placed on it
+  int begin = 0, end = 0;
+  bool first = false, last = false;
+  Buffer inv_freq;                 // (R/2)
+  Buffer reserved;                 // what the plan keeps for a session, until there is one: the plan of the next engine must not count on it
+};
+
+// Binds names to views on the mapping, or on a device's copy of it; every shape follows from the configuration.
 class Binder {
  public:
-  Binder(const QnFile& file, Device& device, Model& model, bool mtp) : f_(file), device_(device), m_(model), i_(model.info), mtp_(mtp) {}
-  // What a device with memory of its own has to be given: a piece per checksum, and the tensor and record it is.
-  std::vector<qn::LoadPiece> pieces;
-  std::vector<std::pair<const qn::QnTensor*, size_t>> sources;
+  Binder(const QnFile& file, qn::Loader& loader, std::span<Part> parts, Model& model, bool mtp)
+      : f_(file), loader_(loader), parts_(parts), m_(model), i_(model.info), mtp_(mtp) {}
 
   void bind() {
-    m_.embed = weight("embed", i_.vocab, i_.width, kExact);
-    per_token_ = 0;  // one row of the embedding is nothing
+    const bool tied = !f_.find("head");
+    device_ = parts_.front().device.get();
+    m_.embed = m_.last_embed = weight("embed", i_.vocab, i_.width, kExact);
+    device_ = parts_.back().device.get();
+    if (parts_.size() > 1 && (tied || mtp_)) m_.last_embed = weight("embed", i_.vocab, i_.width, kExact);
+    per_token_ = tied ? f_.find("embed")->bytes : 0;  // one row of the embedding is nothing
     m_.norm = vec("norm", i_.width);
-    m_.head = f_.find("head") ? weight("head", i_.vocab, i_.width, kRest) : m_.embed;
-    if (!f_.find("head")) per_token_ += f_.find("embed")->bytes;
+    m_.head = tied ? m_.last_embed : weight("head", i_.vocab, i_.width, kRest);
     i_.rest_format = format_of(m_.head.dtype, m_.head.group);
-    for (int n = 0; n < i_.layers; n++) m_.layers.push_back(layer("layers." + std::to_string(n) + ".", m_.attention[static_cast<size_t>(n)]));
+    for (const Part& part : parts_)
+      for (int n = part.begin; n < part.end; n++) {
+        device_ = part.device.get();
+        m_.layers.push_back(layer("layers." + std::to_string(n) + ".", m_.attention[static_cast<size_t>(n)]));
+      }
     i_.experts_format = format_of(m_.layers[0].moe.experts.dtype, m_.layers[0].moe.experts.group);
     i_.bytes_per_token = per_token_;
     if (!i_.mtp) return;
@@ -269,31 +257,15 @@ class Binder {
   static constexpr DType kRest[] = {DType::BF16, DType::INT8, DType::F32};
   static constexpr DType kF32[] = {DType::F32};
 
-  void* place(const std::string& name, const void* mapped) {
-    const qn::QnTensor& t = *f_.find(name);
-    if (unused_) return nullptr;
-    void* to = const_cast<void*>(device_.place(mapped, t.bytes));
-    if (to == mapped) return to;
-    const uint64_t each = t.bytes / t.crc.size();  // experts: a checksum per record, all of one size
-    for (size_t r = 0; r < t.crc.size(); r++) {
-      pieces.push_back({t.offset + r * each, each, static_cast<uint8_t*>(to) + r * each, t.crc[r]});
-      sources.emplace_back(&t, r);
-    }
-    return to;
-  }
+  void* place(const std::string& name, const void* mapped) { return unused_ ? nullptr : loader_.place(*device_, *f_.find(name), mapped); }
   Tensor placed(const std::string& name, Tensor t) {  // t: what the file has under that name
     t.data = place(name, t.data);
     per_token_ += f_.find(name)->bytes;
     return t;
   }
-  Tensor weight(const std::string& name, int64_t n, int64_t k, std::span<const DType> types) {
-    const Tensor t = f_.dense(name, types, {n, k});  // throws when missing or of another shape
-    return placed(name, t);
-  }
-  Tensor vec(const std::string& name, int64_t n) {
-    const Tensor t = f_.dense(name, kF32, {n});
-    return placed(name, t);
-  }
+  // Throw when missing or of another shape
+  Tensor weight(const std::string& name, int64_t n, int64_t k, std::span<const DType> types) { return placed(name, f_.dense(name, types, {n, k})); }
+  Tensor vec(const std::string& name, int64_t n) { return placed(name, f_.dense(name, kF32, {n})); }
 
   Layer layer(const std::string& p, bool attention) {
     Layer l;
@@ -301,16 +273,16 @@ class Binder {
     const int d = i_.width;
     if (attention) {
       l.attn.norm = vec(p + "norm1", d);
-      l.attn.qgkv = weight(p + "attn.qgkv", m_.qgkv_rows(), d, kRest);
+      l.attn.qgkv = weight(p + "attn.qgkv", m_.dims().qgkv_rows(), d, kRest);
       l.attn.q_norm = vec(p + "attn.q_norm", i_.head_dim);
       l.attn.k_norm = vec(p + "attn.k_norm", i_.head_dim);
       l.attn.out = weight(p + "attn.out", d, i_.heads * i_.head_dim, kRest);
       l.attn.heads = i_.heads, l.attn.kv_heads = i_.kv_heads;
     } else {
       l.delta.norm = vec(p + "norm1", d);
-      l.delta.qkvz = weight(p + "delta.qkvz", m_.qkvz_rows(), d, kRest);
+      l.delta.qkvz = weight(p + "delta.qkvz", m_.dims().qkvz_rows(), d, kRest);
       l.delta.ba = weight(p + "delta.ba", 2 * i_.value_heads, d, kExact);
-      l.delta.conv = weight(p + "delta.conv", m_.channels(), i_.conv, kExact);
+      l.delta.conv = weight(p + "delta.conv", m_.dims().channels(), i_.conv, kExact);
       l.delta.neg_a = vec(p + "delta.neg_a", i_.value_heads);
       l.delta.dt_bias = vec(p + "delta.dt_bias", i_.value_heads);
       l.delta.out_norm = vec(p + "delta.norm", i_.value_dim);
@@ -331,7 +303,9 @@ class Binder {
   }
 
   const QnFile& f_;
-  Device& device_;
+  qn::Loader& loader_;
+  std::span<Part> parts_;
+  Device* device_ = nullptr;  // where things are placed now
   Model& m_;
   ModelInfo& i_;
   const bool mtp_;
@@ -340,30 +314,34 @@ class Binder {
 };
 
 // Bytes that place() will be asked for
-static uint64_t placed_bytes(const QnFile& f, bool mtp) {
-  uint64_t sum = 0;
-  for (const qn::QnTensor& t : f.tensors())
-    if (t.dtype != DType::U8 && (mtp || !t.name.starts_with("mtp."))) sum += static_cast<uint64_t>(qn::round_up(static_cast<int64_t>(t.bytes), Device::kPlaceAlign));
-  return sum;
+static qn::LayerBytes placed_bytes(const QnFile& f, int layers, bool mtp, bool several) {
+  qn::LayerBytes b{std::vector<uint64_t>(static_cast<size_t>(layers)), 0, 0};
+  for (const qn::QnTensor& t : f.tensors()) {
+    const auto bytes = static_cast<uint64_t>(qn::round_up(static_cast<int64_t>(t.bytes), Device::kPlaceAlign));
+    if (t.name.starts_with("layers.")) {
+      if (const auto n = std::strtoull(t.name.c_str() + 7, nullptr, 10); n < b.layers.size()) b.layers[n] += bytes;
+    }
+    if (t.name == "embed") b.front += bytes;
+    if (t.name == "norm" || t.name == "head" || (mtp && t.name.starts_with("mtp."))) b.back += bytes;
+    if (t.name == "embed" && several && (mtp || !f.find("head"))) b.back += bytes;
+  }
+  return b;
 }
 
 // ---- 3. the machine -----------------------------------------------------------------------------------------------------
 
-// The number of the GPU that --device names or auto finds; -1: none
-static int gpu_of(const Options& o) {
-  if (o.device == "auto") {
-    for (const qn::CudaDeviceInfo& d : qn::list_cuda_devices())
-      if (d.capability >= 80) return d.index;
-    return -1;
-  }
-  if (parse_device(o.device).rfind("cuda", 0) != 0) return -1;
-  if (o.device.find(',') != o.device.npos) fail("--device %s: expected one GPU, got several: the model runs on one, name it, as in cuda:0", o.device.c_str());
-  return o.device == "cuda" ? 0 : parse_count(o.device.substr(5), "--device cuda:N", 0, 1023);
+// What --device names, or auto finds
+static std::vector<qn::DeviceName> device_names(const Options& o) {
+  const std::vector<qn::DeviceName> names = qn::parse_devices(o.device);
+  if (names[0].kind != "auto") return names;
+  for (const qn::CudaDeviceInfo& d : qn::list_cuda_devices())
+    if (d.capability >= 80) return {{"cuda", d.index}};
+  return {{"cpu", 0}};
 }
 
-static std::unique_ptr<Device> make_device(const Options& o) {
-  if (o.device == "ref") return qn::make_ref_device();
-  if (const int gpu = gpu_of(o); gpu >= 0) return qn::make_cuda_device(gpu, o.graph);
+static std::unique_ptr<Device> make_device(const qn::DeviceName& name, const Options& o) {
+  if (name.kind == "ref") return qn::make_ref_device();
+  if (name.kind == "cuda") return qn::make_cuda_device(name.index, o.graph);
   const qn::Isa isa = o.isa == "scalar" ? qn::Isa::Scalar : o.isa == "avx2" ? qn::Isa::Avx2 : o.isa == "avx512" ? qn::Isa::Avx512 : qn::Isa::Auto;
   return qn::make_cpu_device(o.threads, isa);
 }
@@ -378,8 +356,8 @@ std::vector<std::string> list_devices() {
   return out;
 }
 
-static Act parse_act(const Options& o) {
-  if (!o.act) return gpu_of(o) >= 0 ? Act::BF16 : Act::INT8;
+static Act parse_act(const Options& o, bool gpu) {
+  if (!o.act) return gpu ? Act::BF16 : Act::INT8;
   return *o.act == "f32" ? Act::F32 : *o.act == "bf16" ? Act::BF16 : Act::INT8;
 }
 
@@ -387,74 +365,99 @@ constexpr int kRecorded = 8;                          // steps of up to this man
 constexpr int kLogitRows = 16;                        // rows of logits computed at once when all are wanted
 constexpr uint64_t kCheckpointBytes = 1ull << 30;     // memory for checkpoints of the recurrent state
 
-static qn::StateShape state_shape(const Model& m, int ctx, DType kv_type, bool mtp) {
+// Of the layers [begin, end); behind the last layer comes the multi-token-prediction layer
+static qn::StateShape state_shape(const Model& m, int begin, int end, int ctx, DType kv_type, bool mtp) {
+  const bool last = end == m.info.layers;
   qn::StateShape s;
-  s.attention = m.attention;
-  if (mtp) s.attention.push_back(true);
+  s.attention.assign(m.attention.begin() + begin, m.attention.begin() + end);
+  if (mtp && last) s.attention.push_back(true);
   s.key_heads = m.info.key_heads, s.value_heads = m.info.value_heads, s.key_dim = m.info.key_dim, s.value_dim = m.info.value_dim;
   s.kv_heads = m.info.kv_heads, s.head_dim = m.info.head_dim, s.context = ctx, s.kv_type = kv_type;
-  s.lagging = mtp;
-  s.tail = m.info.width + m.info.vocab;  // final norm of the last position, its logits
+  s.lagging = mtp && last;
+  s.tail = last ? m.info.width + m.info.vocab : 0;  // final norm of the last position, its logits
   return s;
 }
 
-static uint64_t scratch_bytes(const Model& m, int t) {
-  const ModelInfo& i = m.info;
-  const int64_t row = std::max(m.qkvz_rows(), m.qgkv_rows()) + 2 * i.value_heads + std::max(i.heads * i.head_dim, i.value_heads * i.value_dim) +
-                      6 * i.width + i.experts + i.shared_width + 1 + 2 * i.chosen + static_cast<int64_t>(i.chosen) * i.expert_width + 16;
-  return static_cast<uint64_t>(t * row + kLogitRows * static_cast<int64_t>(i.vocab)) * sizeof(float);
+// Of the whole model: each part keeps as many, of its own layers
+static uint64_t checkpoints_kept(const Model& m, DType kv_type) {
+  return qn::HybridState::checkpoints_kept(state_shape(m, 0, m.info.layers, 1, kv_type, false), kCheckpointBytes);
 }
 
-static qn::OpLimits op_limits(const Model& m, int ubatch, int ctx, DType kv_type) {
-  const ModelInfo& i = m.info;
-  qn::OpLimits l;
-  l.tokens = ubatch;
-  l.width = std::max<int64_t>({m.qkvz_rows(), m.qgkv_rows(), 2 * i.width, i.heads * i.head_dim, i.value_heads * i.value_dim, 2 * i.shared_width, 2 * i.expert_width});
-  l.vocab = i.vocab;
-  l.experts = i.experts, l.chosen = i.chosen, l.expert_width = i.expert_width, l.model_width = i.width;
-  l.heads = i.heads, l.context = ctx, l.kv_codes = kv_type == DType::I8 ? i.kv_heads * i.head_dim : 0;
-  l.value_heads = i.value_heads, l.key_heads = i.key_heads, l.key_dim = i.key_dim, l.value_dim = i.value_dim;
-  return l;
+static uint64_t scratch_floats(const Model& m, int64_t t, bool last) {
+  const auto width = static_cast<uint64_t>(m.info.width), rows = static_cast<uint64_t>(t);
+  return qn::LayerScratch::floats(m.dims(), t) + rows * width + (last ? (3 * rows + 1) * width + kLogitRows * static_cast<uint64_t>(m.info.vocab) : 0);
 }
 
-static Plan make_plan(const QnFile& file, const Model& m, const Options& o, DType kv_type, bool mtp, const Device& device) {
-  const qn::StateShape one = state_shape(m, 1, kv_type, mtp);
-  qn::PlanRequest r;
-  r.file = file.path(), r.device = device.name(), r.own_memory = device.memory() > 0;
-  r.budget = r.own_memory ? device.memory_free() : o.ram ? std::min(o.ram, qn::available_ram()) : qn::available_ram();
-  r.weights = r.own_memory ? placed_bytes(file, mtp) : m.info.file_bytes;
-  r.state = one.recurrent_bytes() * (1 + qn::HybridState::checkpoints_kept(one, kCheckpointBytes));
-  r.per_position = std::max<uint64_t>(one.kv_bytes(), 1);
-  r.model_context = m.info.context, r.ctx = o.ctx, r.ubatch = o.ubatch;
-  r.scratch = [&](int ubatch, int ctx) {
-    const int t = std::min(ubatch, ctx);
-    return scratch_bytes(m, t) + device.scratch_bytes(op_limits(m, t, ctx, kv_type));
-  };
-  const qn::MemoryPlan p = qn::plan_memory(r);
-  return {{}, {}, {}, p.ctx, p.ubatch, p.weights, p.kv, p.state, p.scratch, r.budget};
+// Cuts the layers between the parts, and plans the memory of each.
+static Plan make_plan(const QnFile& file, const Model& m, const Options& o, DType kv_type, bool mtp, std::span<Part> parts, std::span<const uint64_t> budgets) {
+  Plan plan{};
+  const qn::LayerBytes bytes = placed_bytes(file, m.info.layers, mtp, parts.size() > 1);
+  if (!o.split.empty()) qn::check_split(o.split, parts.size(), m.info.layers);
+  else if (parts.size() > bytes.layers.size()) fail("--device %s: expected at most %zu devices, one per layer, got %zu", o.device.c_str(), bytes.layers.size(), parts.size());
+  const std::vector<int> split = o.split.empty() ? qn::split_layers(bytes, budgets) : o.split;
+  std::vector<qn::PlanRequest> requests;
+  for (size_t i = 0; i < parts.size(); i++) {
+    Part& part = parts[i];
+    part.begin = i ? parts[i - 1].end : 0, part.end = part.begin + split[i];
+    part.first = i == 0, part.last = i + 1 == parts.size();
+    const qn::StateShape one = state_shape(m, part.begin, part.end, 1, kv_type, mtp);
+    qn::PlanRequest r;
+    r.file = file.path(), r.device = part.device->name(), r.own_memory = part.device->memory() > 0;
+    r.budget = budgets[i];
+    r.weights = (part.first ? bytes.front : 0) + (part.last ? bytes.back : 0);
+    for (int n = part.begin; n < part.end; n++) r.weights += bytes.layers[static_cast<size_t>(n)];
+    r.state = one.recurrent_bytes() * (1 + checkpoints_kept(m, kv_type));
+    r.per_position = one.kv_bytes();
+    r.model_context = m.info.context, r.ctx = o.ctx, r.ubatch = o.ubatch;
+    r.scratch = [&m, &part, kv_type](int ubatch, int ctx) {
+      const int t = std::min(ubatch, ctx);
+      return scratch_floats(m, t, part.last) * sizeof(float) + part.device->scratch_bytes(m.dims().limits(t, ctx, kv_type));
+    };
+    requests.push_back(std::move(r));
+  }
+  const std::vector<qn::MemoryPlan> memory = qn::plan_devices(requests);
+  for (size_t i = 0; i < parts.size(); i++) {
+    const qn::MemoryPlan& p = memory[i];
+    plan.device += (i ? " + " : "") + requests[i].device;
+    plan.devices.push_back({requests[i].device, parts[i].begin, parts[i].end, p.weights, p.kv, p.state, p.scratch, budgets[i]});
+    plan.ctx = p.ctx, plan.ubatch = p.ubatch;
+    plan.weights += p.weights, plan.kv += p.kv, plan.state += p.state, plan.scratch += p.scratch, plan.budget += budgets[i];
+  }
+  if (!requests[0].own_memory) plan.weights = m.info.file_bytes;
+  return plan;
 }
 
 struct Engine::Impl {
   QnFile file;
   std::optional<qn::Tokenizer> tokenizer;
-  std::unique_ptr<Device> device;  // outlives what is placed on it
+  std::vector<qn::DeviceName> names;
+  std::vector<Part> parts;         // a device of each name
   Model model;
   Plan plan;
   Act act = Act::F32;
   DType kv_type = DType::BF16;
   bool mtp = false;
-  Buffer inv_freq, allowed;  // allowed (V) U8: ids that have a token; empty without a tokenizer
-  Buffer reserved;           // what the plan keeps for a session, until there is one: the plan of the next engine must not count on it
+  Buffer allowed;  // (V) U8, on the last device: ids that have a token; empty without a tokenizer
   qn::LoadReport loaded;
   TraceHook hook;
 
   explicit Impl(QnFile f) : file(std::move(f)) {}
 
+  std::vector<Device*> devices() const {
+    std::vector<Device*> d;
+    for (const Part& p : parts) d.push_back(p.device.get());
+    return d;
+  }
   void read_tokenizer() {
     const qn::QnTensor* t = file.find("tokenizer");
     if (!t) return;
     if (t->dtype != DType::U8 || t->experts) fail("%s: tensor tokenizer: expected u8, got %s", file.path().c_str(), qn::name(t->dtype));
     tokenizer.emplace(file.data(*t));
+  }
+  std::vector<uint8_t> allowed_ids() const {  // (V)
+    std::vector<uint8_t> has(static_cast<size_t>(model.info.vocab));
+    for (size_t i = 0; i < has.size(); i++) has[i] = tokenizer->has(static_cast<int32_t>(i));
+    return has;
   }
   const qn::Tokenizer& text() const {
     if (!tokenizer) fail("%s: the file has no tokenizer; convert a folder that has tokenizer.json", file.path().c_str());
@@ -465,12 +468,13 @@ struct Engine::Impl {
 Engine Engine::open(const std::string& path, const Options& options, const Progress& progress) {
   auto e = std::make_unique<Impl>(QnFile::open(path));
   e->model = read_config(e->file, options.rope_yarn);
-  e->act = parse_act(options);
+  e->names = device_names(options);
+  e->act = parse_act(options, e->names[0].kind == "cuda");
   e->kv_type = options.kv_type == "int8" ? DType::I8 : options.kv_type == "f32" || (options.kv_type.empty() && e->act == Act::F32) ? DType::F32 : DType::BF16;
   e->mtp = options.mtp && e->model.info.mtp;
-  e->device = make_device(options);
-  e->plan = make_plan(e->file, e->model, options, e->kv_type, e->mtp, *e->device);
-  e->plan.device = e->device->name();
+  for (const qn::DeviceName& name : e->names) e->parts.emplace_back().device = make_device(name, options);
+  const uint64_t ram = options.ram ? std::min(options.ram, qn::available_ram()) : qn::available_ram();
+  e->plan = make_plan(e->file, e->model, options, e->kv_type, e->mtp, e->parts, qn::memory_budgets(e->devices(), e->names, ram));
   e->plan.act = qn::name(e->act), e->plan.kv_type = qn::name(e->kv_type);
   const int threads = options.threads > 0 ? options.threads : qn::default_threads();
   auto report = [&](const char* what) {
@@ -478,28 +482,27 @@ Engine Engine::open(const std::string& path, const Options& options, const Progr
       if (progress) progress(what, done, total);
     };
   };
-  if (e->device->memory()) e->device->reserve_weights(e->plan.weights);
-  Binder binder(e->file, *e->device, e->model, e->mtp);
-  binder.bind();
-  if (options.verify == Verify::Yes || (options.verify == Verify::Auto && e->file.size() < 1ull << 30)) {
-    std::set<const qn::QnTensor*> copied;  // checked on the way
-    for (const auto& [tensor, record] : binder.sources) copied.insert(tensor);
-    e->file.verify(threads, report("verifying"), [&](const qn::QnTensor& t) { return !copied.contains(&t); });
-  }
-  if (!binder.pieces.empty())
-    e->loaded = e->device->load(e->file.file(), binder.pieces, std::min(threads, 16), options.verify != Verify::No,
-                                [&](size_t i) { e->file.damaged(*binder.sources[i].first, binder.sources[i].second); }, report("loading"));
+  for (size_t i = 0; i < e->parts.size(); i++)
+    if (Device& d = *e->parts[i].device; d.memory()) d.reserve_weights(e->plan.devices[i].weights);
+  qn::Loader loader(e->file);
+  Binder(e->file, loader, e->parts, e->model, e->mtp).bind();
+  if (options.verify == Verify::Yes || (options.verify == Verify::Auto && e->file.size() < 1ull << 30))
+    e->file.verify(threads, report("verifying"), [&](const qn::QnTensor& t) { return !loader.copies(t); });
+  e->loaded = loader.load(std::min(threads, 16), options.verify != Verify::No, report("loading"));
   e->read_tokenizer();
-  const size_t bytes = e->model.inv_freq.size() * sizeof(float);
-  e->inv_freq = e->device->alloc(bytes, "rotary frequencies");
-  e->device->upload(e->inv_freq.data(), e->model.inv_freq.data(), bytes);
   if (e->tokenizer) {
-    std::vector<uint8_t> has(static_cast<size_t>(e->model.info.vocab));
-    for (size_t i = 0; i < has.size(); i++) has[i] = e->tokenizer->has(static_cast<int32_t>(i));
-    e->allowed = e->device->alloc(has.size(), "ids that have a token");
-    e->device->upload(e->allowed.data(), has.data(), has.size());
+    const std::vector<uint8_t> has = e->allowed_ids();
+    e->allowed = e->parts.back().device->alloc(has.size(), "ids that have a token");
+    e->parts.back().device->upload(e->allowed.data(), has.data(), has.size());
   }
-  if (e->device->memory()) e->reserved = e->device->alloc(e->plan.kv + e->plan.state + e->plan.scratch, "cache, state and scratch");
+  for (size_t i = 0; i < e->parts.size(); i++) {
+    Part& part = e->parts[i];
+    const size_t bytes = e->model.inv_freq.size() * sizeof(float);
+    part.inv_freq = part.device->alloc(bytes, "rotary frequencies");
+    part.device->upload(part.inv_freq.data(), e->model.inv_freq.data(), bytes);
+    const DevicePlan& p = e->plan.devices[i];
+    if (part.device->memory()) part.reserved = part.device->alloc(p.kv + p.state + p.scratch, "cache, state and scratch");
+  }
   return Engine(std::move(e));
 }
 
@@ -519,11 +522,20 @@ const ModelInfo& Engine::info() const { return impl_->model.info; }
 const Plan& Engine::plan() const { return impl_->plan; }
 const qn::LoadReport& Engine::load_report() const { return impl_->loaded; }
 double Engine::read_bandwidth() const {
-  const Plan& p = impl_->plan;
-  return impl_->device->read_bandwidth(impl_->device->memory() ? 0 : p.budget - p.kv - p.state - p.scratch);
+  std::vector<uint64_t> weights, spare;
+  for (const DevicePlan& p : impl_->plan.devices) weights.push_back(p.weights), spare.push_back(p.budget - p.kv - p.state - p.scratch);
+  return qn::read_bandwidth(impl_->devices(), weights, spare);
 }
-MemoryUse Engine::memory_use() const { return {impl_->device->memory_used(), impl_->device->memory()}; }
-std::string Engine::device_name() const { return impl_->device ? impl_->device->name() : "none"; }
+MemoryUse Engine::memory_use() const {
+  MemoryUse use{};
+  for (size_t i = 0; i < impl_->parts.size(); i++) {
+    const Device& d = *impl_->parts[i].device;
+    if (std::ranges::find(impl_->names, impl_->names[i]) - impl_->names.begin() == static_cast<std::ptrdiff_t>(i))  // each card once
+      use.device_used += d.memory_used(), use.device_total += d.memory();
+  }
+  return use;
+}
+std::string Engine::device_name() const { return impl_->parts.empty() ? "none" : impl_->plan.device; }
 bool Engine::has_tokenizer() const { return impl_->tokenizer.has_value(); }
 std::vector<int32_t> Engine::tokenize(std::string_view text, bool control) const { return impl_->text().encode(text, control); }
 std::string_view Engine::token_bytes(int32_t id) const { return impl_->tokenizer ? impl_->tokenizer->bytes(id) : std::string_view(); }
@@ -544,82 +556,50 @@ qn::Answer Engine::parse_answer(std::string_view text, const qn::Json* tools) co
 
 static double now() { return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count(); }
 
-struct Session::Impl {
+// The layers of one device. Scratch: all rows sized for a pass; h and the ids have a fixed place, so a step can be recorded.
+struct Session::Stage : qn::PipelineStage {
   Engine::Impl& e;
   const Model& m;
-  Device& device;
-  const int ubatch;
-  qn::HybridState state;
-  std::vector<int32_t> tokens;     // the timeline: exactly what the state has seen
-  std::vector<float> logits;       // host copy for the next token, when not stale
-  bool stale = false;
-  Timings timings;
-
-  // Scratch, all rows sized for `ubatch`. The residual stream h and the ids have a fixed place, so a step can be recorded.
-  Buffer memory, step_memory;
+  const Part& part;
+  qn::ScratchMemory memory;
+  qn::LayerScratch scratch;
+  // Of the last stage. hidden (T+1, D): final norms, row 0 of the position before
+  Tensor normed, hidden, embedded, logit_rows;
   qn::Chooser chooser;
-  size_t used = 0;
-  Tensor ids, h, normed, hidden, embedded, logit_rows;  // hidden (T+1, D): final norms, row 0 of the position before
-  qn::DeltaNetScratch delta;
-  qn::AttentionScratch attn;
-  qn::MoeScratch moe;
-  StepParams* step = nullptr;      // device memory; [1] is that of the multi-token-prediction layer
 
-  explicit Impl(Engine::Impl& engine)
-      : e(engine), m(engine.model), device(*engine.device), ubatch(std::min(engine.plan.ubatch, engine.plan.ctx)),
-        state(device, state_shape(m, engine.plan.ctx, engine.kv_type, engine.mtp), kCheckpointBytes), logits(static_cast<size_t>(m.info.vocab)),
-        chooser(device, e.allowed.data() ? view(e.allowed.data(), DType::U8, m.info.vocab) : Tensor(), e.plan.ctx) {
+  Stage(Engine::Impl& engine, const Part& p, int t)
+      : qn::PipelineStage(*p.device, state_shape(engine.model, p.begin, p.end, engine.plan.ctx, engine.kv_type, engine.mtp),
+                          checkpoints_kept(engine.model, engine.kv_type), t),
+        e(engine), m(engine.model), part(p), memory(device, scratch_floats(m, t, p.last)), scratch(m.dims(), t, memory) {
     const ModelInfo& i = m.info;
-    const int64_t t = ubatch;
-    memory = device.alloc(scratch_bytes(m, ubatch) + 64 * 32, "scratch");
-    ids = take(t + 1, 0, DType::I32);
-    h = take(t, i.width), normed = take(t, i.width), hidden = take(t + 1, i.width), embedded = take(t, i.width);
-    logit_rows = take(kLogitRows, i.vocab);
-    const Tensor projected = take(t, std::max(m.qkvz_rows(), m.qgkv_rows())), mixed = take(t, std::max(i.heads * i.head_dim, i.value_heads * i.value_dim));
-    delta.qkvz = view(projected.data, DType::F32, t, m.qkvz_rows());
-    delta.o = view(mixed.data, DType::F32, t, i.value_heads * i.value_dim);
-    delta.ba = take(t, 2 * i.value_heads);
-    attn.qgkv = view(projected.data, DType::F32, t, m.qgkv_rows());
-    attn.o = view(mixed.data, DType::F32, t, i.heads * i.head_dim);
-    moe.x = take(t, i.width), moe.logits = take(t, i.experts), moe.shared = take(t, i.shared_width), moe.shared_scale = take(t);
-    moe.ids = take(t, i.chosen, DType::I32), moe.weights = take(t, i.chosen), moe.inner = take(t * i.chosen, i.expert_width);
-    step_memory = device.alloc(2 * sizeof(StepParams), "step parameters");
-    step = static_cast<StepParams*>(step_memory.data());
-    device.reserve(op_limits(m, ubatch, e.plan.ctx, e.kv_type));
+    h = memory.take(t, i.width);
+    if (part.last) {
+      normed = memory.take(t, i.width), hidden = memory.take(t + 1, i.width), embedded = memory.take(t, i.width), logit_rows = memory.take(kLogitRows, i.vocab);
+      chooser = qn::Chooser(device, e.allowed.data() ? view(e.allowed.data(), DType::U8, i.vocab) : Tensor(), e.plan.ctx, e.devices());
+    }
+    device.reserve(m.dims().limits(t, e.plan.ctx, e.kv_type));
   }
-  ~Impl() { device.forget(this); }
-
-  Tensor take(int64_t rows, int64_t cols = 0, DType type = DType::F32) {
-    const Tensor t = view(static_cast<uint8_t*>(memory.data()) + used, type, rows, cols);
-    used += static_cast<size_t>(qn::round_up(rows * std::max<int64_t>(cols, 1) * 4, 64));
-    QN_CHECK(used <= memory.bytes(), "scratch: planned %zu bytes, need %zu", memory.bytes(), used);
-    return t;
-  }
+  ~Stage() { forget(); }
 
   void trace(int layer, const char* name, const Tensor& t) {
     if (!e.hook) return;
     std::vector<float> host(static_cast<size_t>(t.rows() * t.cols()));
     device.download(host.data(), t.data, host.size() * sizeof(float));
+    if (t.dtype == DType::I32)
+      for (float& v : host) v = static_cast<float>(std::bit_cast<int32_t>(v));
     e.hook(layer, name, host, static_cast<int>(t.rows()), static_cast<int>(t.cols()));
   }
 
-  void trace_experts(int layer, int64_t rows) {  // chosen ids as numbers (T, K)
-    if (!e.hook) return;
-    std::vector<int32_t> host(static_cast<size_t>(rows * m.info.chosen));
-    device.download(host.data(), moe.ids.data, host.size() * sizeof(int32_t));
-    e.hook(layer, "experts", std::vector<float>(host.begin(), host.end()), static_cast<int>(rows), m.info.chosen);
-  }
+  qn::Rope rope() const { return {view(part.inv_freq.data(), DType::F32, m.info.rotary_dim / 2), m.rope_scale}; }
 
-  qn::Rope rope() const { return {view(e.inv_freq.data(), DType::F32, m.info.rotary_dim / 2), m.rope_scale}; }
-
-  // One decoder layer on x (T, D); `index` is its place in the state.
+  // One decoder layer on x (T, D); `index` is its place in the model.
   void run_layer(const Layer& l, int index, const Tensor& x, const StepParams* at) {
     if (l.attention)
-      qn::gated_attention(device, l.attn, attn, x, state.cache(index), rope(), at, m.eps, e.act);
+      qn::gated_attention(device, l.attn, scratch.attn, x, state.cache(index - part.begin), rope(), at, m.eps, e.act);
     else
-      qn::gated_delta_net(device, l.delta, delta, x, state.conv_ring(index), state.delta(index), at, m.eps, e.act);
-    qn::sparse_moe(device, l.moe, moe, x, m.eps, e.act, e.act);
-    trace_experts(index, x.rows());
+      qn::gated_delta_net(device, l.delta, scratch.delta, x, state.conv_ring(index - part.begin), state.delta(index - part.begin), at, m.eps, e.act);
+    qn::sparse_moe(device, l.moe, scratch.moe, x, m.eps, e.act, e.act);
+    trace(index, "experts", scratch.moe.ids.slice(0, x.rows()));
   }
 
   void head(const Tensor& x, const Tensor& norm, const Tensor& y, const Tensor& normed_out) {
@@ -632,138 +612,41 @@ struct Session::Impl {
   float* last_hidden() const { return state.tail(); }               // (D): final norm of the last position
   float* last_logits() const { return state.tail() + m.info.width; }  // (V)
 
-  void prepare(int from, int n) {
-    const StepParams at[2] = {{from, n}, {std::max(from - 1, 0), from ? n : n - 1}};
-    device.upload(step, at, sizeof at);
-    device.upload(ids.data, tokens.data() + from, static_cast<size_t>(n) * sizeof(int32_t));
-  }
-
-  // The tokens [from, from+n) of the timeline through the model, n <= ubatch. Leaves the logits of the last one in last_logits(),
-  // and calls `each` with those of every one when given.
-  void forward(int from, int n, const std::function<void(int, std::span<const float>)>* each) {
-    prepare(from, n);
-    const bool all_rows = e.hook || each || e.mtp;  // final norms of every row are wanted
-    auto body = [&] { layers_and_head(n, all_rows); };
-    if (all_rows || n > kRecorded) body();
-    else device.recorded(this, recording(n), body);
-    if (each) all_logits(from, n, *each);
-    if (e.mtp) mtp(from, n);
-    if (all_rows) device.copy(last_hidden(), hidden.slice(n, 1).data, static_cast<size_t>(m.info.width) * sizeof(float));
-    stale = true;
-  }
-
-  // The key of the recording of a pass over n tokens; those that choose the next token and those of some operations only have others.
-  uint64_t recording(int n) const { return uint64_t{device.selected()} << 8 | static_cast<uint64_t>(n); }
-
+  // The layers of this stage on h, where the stage before has left its result; the first begins with the embedding, the last ends with
+  // the head.
   void layers_and_head(int n, bool all_rows) {
     const Tensor x = h.slice(0, n);
-    qn::EmbedArgs em;
-    em.ids = ids.slice(0, n), em.table = m.embed, em.h = x;
-    device.embed(em);
-    trace(-1, "embed", x);
-    for (int i = 0; i < m.info.layers; i++) {
+    if (part.first) {
+      qn::EmbedArgs em;
+      em.ids = ids.slice(0, n), em.table = m.embed, em.h = x;
+      device.embed(em);
+      trace(-1, "embed", x);
+    }
+    for (int i = part.begin; i < part.end; i++) {
       run_layer(m.layers[static_cast<size_t>(i)], i, x, &step[0]);
       trace(i, "layer", x);
     }
+    if (!part.last) return;
     if (n > 1 && all_rows) head(x.slice(0, n - 1), m.norm, {}, hidden.slice(1, n - 1));
     head(x.slice(n - 1, 1), m.norm, view(last_logits(), DType::F32, 1, m.info.vocab),
          all_rows ? hidden.slice(n, 1) : view(last_hidden(), DType::F32, 1, m.info.width));
     if (all_rows) trace(-1, "final_norm", hidden.slice(1, n));
   }
 
-  // ---- a device that chooses tokens: one recording takes the token it chose through the model and chooses the next
-
   void choose() { chooser.choose(view(last_logits(), DType::F32, 1, m.info.vocab), ids.slice(0, 1), step); }
-
-  void begin_choosing(const SamplerParams& p) {
-    chooser.begin({p.temperature, p.top_p, p.min_p, p.repetition_penalty, p.presence_penalty, p.frequency_penalty, p.top_k, p.penalty_window,
-                   position(), 0, p.seed}, tokens);
-    prepare(position() - 1, 1);
-    choose();
-  }
-
-  // Takes the token that was chosen into the timeline, and starts the choice of the next.
-  void advance(int32_t id) {
-    if (e.mtp || e.hook) {
-      take_token(id);
-      choose();
-      return;
-    }
-    tokens.push_back(id);
-    device.recorded(this, kRecorded + 1, [&] {
-      layers_and_head(1, false);
-      choose();
-    });
-    stale = true;
-  }
-
-  // ---- for benchmarks
-
-  void pretend(int to, uint64_t seed) {
-    if (to < 1 || to > e.plan.ctx) fail("position %d is outside of the context of %d", to, e.plan.ctx);
-    state.randomise(to, seed);
-    tokens.resize(static_cast<size_t>(to));
-    for (int i = 0; i < to; i++) tokens[static_cast<size_t>(i)] = static_cast<int32_t>((seed + static_cast<uint64_t>(i) * 2654435761u) % static_cast<uint64_t>(m.info.vocab));
-    stale = true, state.checkpoint(to);
-  }
-
-  uint64_t cache_bytes(int rows) const {  // of the KV cache that `rows` more tokens read, each position once
-    return state_shape(m, position() + rows, e.kv_type, false).kv_bytes();
-  }
-
-  // A pass over tokens after the timeline, which stays as it is; go_back(position()) afterwards.
-  qn::Pass pass_over(std::span<const int32_t> more) {
-    const int n = static_cast<int>(more.size()), at = position(), most = std::min(ubatch, e.plan.ctx - at);
-    if (n < 1 || n > most) fail("measuring a pass at position %d: expected 1 to %d tokens, got %d", at, most, n);
-    for (int32_t id : more) check_token(id);
-    state.checkpoint(at);
-    auto prepare_again = [this, more, n, at] {
-      state.restore(at);
-      tokens.insert(tokens.end(), more.begin(), more.end());
-      prepare(at, n);
-      tokens.resize(static_cast<size_t>(at));
-    };
-    return {prepare_again, [this, n](bool record) {
-      auto body = [&] { layers_and_head(n, false); };
-      if (record && n <= kRecorded && !e.hook) device.recorded(this, recording(n), body);
-      else body();
-    }};
-  }
-
-  PassTime pass(std::span<const int32_t> more) {
-    PassTime r = qn::time_pass(device, pass_over(more));
-    go_back(position());
-    r.bytes += cache_bytes(static_cast<int>(more.size()));
-    return r;
-  }
-
-  std::vector<OpTime> profile(std::span<const int32_t> more) {
-    std::vector<OpTime> out = qn::time_operations(device, pass_over(more));
-    go_back(position());
-    for (OpTime& op : out)
-      if (op.name == qn::name(qn::Op::Attention)) op.bytes += cache_bytes(static_cast<int>(more.size()));
-    return out;
-  }
-
-  uint64_t bytes_per_token() {
-    return qn::bytes_asked(device, {{}, [this](bool) { layers_and_head(1, false); }}) + cache_bytes(1);
-  }
 
   // Logits of rows of `x`, normed already when `norm` is empty, in groups small enough for the scratch.
   void head_rows(const Tensor& x, const std::function<void(int64_t row, std::span<const float>)>& row) {
-    std::vector<float> host(static_cast<size_t>(kLogitRows) * logits.size());
+    const auto v = static_cast<size_t>(m.info.vocab);
+    std::vector<float> host(static_cast<size_t>(kLogitRows) * v);
     for (int64_t r = 0; r < x.rows(); r += kLogitRows) {
       const int64_t k = std::min<int64_t>(kLogitRows, x.rows() - r);
       qn::NormMatmulArgs a;
       a.h = x.slice(r, k), a.act = e.act, a.w = m.head, a.y = logit_rows.slice(0, k);
       device.norm_matmul(a);
-      device.download(host.data(), logit_rows.data, static_cast<size_t>(k) * logits.size() * sizeof(float));
-      for (int64_t j = 0; j < k; j++) row(r + j, std::span(host).subspan(static_cast<size_t>(j) * logits.size(), logits.size()));
+      device.download(host.data(), logit_rows.data, static_cast<size_t>(k) * v * sizeof(float));
+      for (int64_t j = 0; j < k; j++) row(r + j, std::span(host).subspan(static_cast<size_t>(j) * v, v));
     }
-  }
-
-  void all_logits(int from, int n, const std::function<void(int, std::span<const float>)>& each) {
-    head_rows(hidden.slice(1, n), [&](int64_t row, std::span<const float> l) { each(from + static_cast<int>(row), l); });
   }
 
   // Slot i joins the final norm of position i with the embedding of token i+1 and predicts token i+2 (model-spec 5.1). The call's
@@ -774,7 +657,7 @@ struct Session::Impl {
     device.copy(hidden.data, last_hidden(), static_cast<size_t>(m.info.width) * sizeof(float));
     const Tensor em = embedded.slice(0, slots), x = h.slice(0, slots);  // the main stream is done with h
     qn::EmbedArgs args;
-    args.ids = ids.slice(first, slots), args.table = m.embed, args.h = em;
+    args.ids = ids.slice(first, slots), args.table = m.last_embed, args.h = em;
     device.embed(args);
     qn::ConcatMatmulArgs c;
     c.a = em, c.b = hidden.slice(first, slots), c.norm_a = m.mtp.norm_embed, c.norm_b = m.mtp.norm_hidden;
@@ -787,6 +670,127 @@ struct Session::Impl {
     trace(-1, "mtp_norm", out);
     head_rows(out, [&](int64_t, std::span<const float> l) { e.hook(-1, "mtp_logits", l, 1, m.info.vocab); });
   }
+};
+
+struct Session::Impl {
+  Engine::Impl& e;
+  const Model& m;
+  const int ubatch;
+  std::deque<Stage> stages;        // one per device
+  qn::Pipeline pipeline;           // all of them
+  Stage& last;
+  qn::Chooser& chooser;
+  std::vector<int32_t> tokens;     // the timeline: exactly what the state has seen
+  std::vector<float> logits;       // host copy for the next token, when not stale
+  bool stale = false;
+  Timings timings;
+
+  explicit Impl(Engine::Impl& engine)
+      : e(engine), m(engine.model), ubatch(std::min(engine.plan.ubatch, engine.plan.ctx)), last(make_stages()), chooser(last.chooser),
+        logits(static_cast<size_t>(m.info.vocab)) {}
+  Stage& make_stages() {
+    for (const Part& p : e.parts) pipeline.add(stages.emplace_back(e, p, ubatch));
+    return stages.back();
+  }
+
+  void prepare(int from, int n) {
+    const StepParams at[2] = {{from, n}, {std::max(from - 1, 0), from ? n : n - 1}};
+    pipeline.prepare(at, std::span(tokens).subspan(static_cast<size_t>(from), static_cast<size_t>(n)), e.mtp);
+  }
+
+  // The tokens [from, from+n) of the timeline through the model, n <= ubatch. Leaves the logits of the last one in last_logits(),
+  // and calls `each` with those of every one when given.
+  void forward(int from, int n, const std::function<void(int, std::span<const float>)>* each) {
+    prepare(from, n);
+    const bool all_rows = e.hook || each || e.mtp;  // final norms of every row are wanted
+    pipeline.run(n, all_rows || n > kRecorded ? 0 : recording(n), [&](size_t i) { stages[i].layers_and_head(n, all_rows); });
+    if (each) all_logits(from, n, *each);
+    if (e.mtp) last.mtp(from, n);
+    if (all_rows) last.device.copy(last.last_hidden(), last.hidden.slice(n, 1).data, static_cast<size_t>(m.info.width) * sizeof(float));
+    stale = true;
+  }
+
+  // The key of the recording of a pass over n tokens; those that choose the next token and those of some operations only have others.
+  uint64_t recording(int n) const { return uint64_t{last.device.selected()} << 8 | static_cast<uint64_t>(n); }
+
+  // ---- a device that chooses tokens: one recording takes the token it chose through the model and chooses the next
+
+  void begin_choosing(const SamplerParams& p) {
+    chooser.begin({p.temperature, p.top_p, p.min_p, p.repetition_penalty, p.presence_penalty, p.frequency_penalty, p.top_k, p.penalty_window,
+                   position(), 0, p.seed}, tokens);
+    prepare(position() - 1, 1);
+    last.choose();
+  }
+
+  // Takes the token that was chosen into the timeline, and starts the choice of the next.
+  void advance(int32_t id) {
+    if (e.mtp || e.hook) {
+      take_token(id);
+      last.choose();
+      return;
+    }
+    tokens.push_back(id);
+    pipeline.hand_back();
+    pipeline.run(1, kRecorded + 1, [&](size_t i) {
+      stages[i].layers_and_head(1, false);
+      if (stages[i].part.last) last.choose();
+    });
+    stale = true;
+  }
+
+  // ---- for benchmarks
+
+  void pretend(int to, uint64_t seed) {
+    if (to < 1 || to > e.plan.ctx) fail("position %d is outside of the context of %d", to, e.plan.ctx);
+    pipeline.randomise(to, seed);
+    tokens.resize(static_cast<size_t>(to));
+    for (int i = 0; i < to; i++) tokens[static_cast<size_t>(i)] = static_cast<int32_t>((seed + static_cast<uint64_t>(i) * 2654435761u) % static_cast<uint64_t>(m.info.vocab));
+    stale = true, pipeline.checkpoint(to);
+  }
+
+  uint64_t cache_bytes(int rows) const {  // of the KV cache that `rows` more tokens read, each position once
+    return state_shape(m, 0, m.info.layers, position() + rows, e.kv_type, false).kv_bytes();
+  }
+
+  // A pass over tokens after the timeline, which stays as it is; go_back(position()) afterwards.
+  qn::Pass pass_over(std::span<const int32_t> more) {
+    const int n = static_cast<int>(more.size()), at = position(), most = std::min(ubatch, e.plan.ctx - at);
+    if (n < 1 || n > most) fail("measuring a pass at position %d: expected 1 to %d tokens, got %d", at, most, n);
+    for (int32_t id : more) check_token(id);
+    pipeline.checkpoint(at);
+    auto prepare_again = [this, more, n, at] {
+      pipeline.restore(at);
+      tokens.insert(tokens.end(), more.begin(), more.end());
+      prepare(at, n);
+      tokens.resize(static_cast<size_t>(at));
+    };
+    return {prepare_again, [this, n](bool record) {
+      pipeline.run(n, record && n <= kRecorded && !e.hook ? recording(n) : 0, [this, n](size_t i) { stages[i].layers_and_head(n, false); });
+    }};
+  }
+
+  PassTime pass(std::span<const int32_t> more) {
+    PassTime r = qn::time_pass(e.devices(), pass_over(more));
+    go_back(position());
+    r.bytes += cache_bytes(static_cast<int>(more.size()));
+    return r;
+  }
+
+  std::vector<OpTime> profile(std::span<const int32_t> more) {
+    std::vector<OpTime> out = qn::time_operations(e.devices(), pass_over(more));
+    go_back(position());
+    for (OpTime& op : out)
+      if (op.name == qn::name(qn::Op::Attention)) op.bytes += cache_bytes(static_cast<int>(more.size()));
+    return out;
+  }
+
+  uint64_t bytes_per_token() {
+    return qn::bytes_asked(e.devices(), {{}, [this](bool) { pipeline.run(1, 0, [this](size_t i) { stages[i].layers_and_head(1, false); }); }}) + cache_bytes(1);
+  }
+
+  void all_logits(int from, int n, const std::function<void(int, std::span<const float>)>& each) {
+    last.head_rows(last.hidden.slice(1, n), [&](int64_t row, std::span<const float> l) { each(from + static_cast<int>(row), l); });
+  }
 
   // ---- 5. the session ---------------------------------------------------------------------------------------------------
 
@@ -797,28 +801,23 @@ struct Session::Impl {
   }
 
   const std::vector<float>& host_logits() {
-    if (stale) device.download(logits.data(), last_logits(), logits.size() * sizeof(float));
+    if (stale) last.device.download(logits.data(), last.last_logits(), logits.size() * sizeof(float));
     stale = false;
     return logits;
   }
 
   void go_back(int to) {
-    tokens.resize(static_cast<size_t>(state.restore(to))), stale = true;
+    tokens.resize(static_cast<size_t>(pipeline.restore(to))), stale = true;
   }
 
   // Positions worth a checkpoint in tokens[from, end): where the last turn begins, for a next prompt that rewrites the answer
   // after it (a thinking model's thoughts are dropped from history), and the end.
   std::vector<int> checkpoint_positions(std::span<const int32_t> all, int from) const {
-    std::vector<int> p;
     const int32_t start = e.tokenizer ? e.tokenizer->find_added("<|im_start|>") : -1;
-    if (start >= 0)
-      for (int i = static_cast<int>(all.size()) - 1; i > from; i--)
-        if (all[static_cast<size_t>(i)] == start) {
-          p.push_back(i);
-          break;
-        }
-    p.push_back(static_cast<int>(all.size()));
-    return p;
+    const int end = static_cast<int>(all.size());
+    int turn = end - 1;
+    while (turn > from && all[static_cast<size_t>(turn)] != start) turn--;
+    return turn > from ? std::vector{turn, end} : std::vector{end};
   }
 
   SyncResult sync(std::span<const int32_t> all, const Progress& progress, const std::atomic<bool>* interrupt,
@@ -830,11 +829,13 @@ struct Session::Impl {
     const auto common = static_cast<int>(std::ranges::mismatch(tokens, all).in1 - tokens.begin());
     SyncResult r;
     if (common < position()) go_back(common);
-    else if (common < static_cast<int>(all.size())) state.checkpoint(common);  // where an answer ended: what an undo goes back to
+    else if (common < static_cast<int>(all.size())) pipeline.checkpoint(common);  // where an answer ended: what an undo goes back to
     r.reused = position();
     const double start = now();
     const std::vector<int> marks = checkpoint_positions(all, position());
     const int total = static_cast<int>(all.size()) - position();
+    const size_t behind = pipeline.ahead();  // passes that are under way when the next begins
+    std::vector<int> reached;                // tokens after each
     while (position() < static_cast<int>(all.size())) {
       if (interrupt && *interrupt) {
         r.interrupted = true;
@@ -846,11 +847,14 @@ struct Session::Impl {
         if (mark > from) end = std::min(end, mark);
       tokens.insert(tokens.end(), all.begin() + from, all.begin() + end);
       forward(from, end - from, each);
-      device.sync();  // progress and time are those of work done
-      if (std::ranges::find(marks, end) != marks.end() && !each) state.checkpoint(end);
-      r.prefilled += end - from;
-      if (progress) progress("prompt", static_cast<uint64_t>(r.prefilled), static_cast<uint64_t>(total));
+      if (std::ranges::find(marks, end) != marks.end() && !each) pipeline.checkpoint(end);
+      reached.push_back(r.prefilled += end - from);
+      pipeline.keep_up();  // progress and time are those of work done
+      const int done = reached.size() > behind ? reached[reached.size() - 1 - behind] : 0;
+      if (progress) progress("prompt", static_cast<uint64_t>(done), static_cast<uint64_t>(total));
     }
+    pipeline.wait();
+    if (progress && behind) progress("prompt", static_cast<uint64_t>(r.prefilled), static_cast<uint64_t>(total));
     timings.prefill_tokens += static_cast<uint64_t>(r.prefilled);
     timings.prefill_seconds += now() - start;
     return r;
@@ -868,24 +872,20 @@ struct Session::Impl {
   void step_one(int32_t id) {
     const double start = now();
     take_token(id);
-    device.sync();
+    pipeline.wait();
     decoded(start);
   }
 
   GenerateResult generate(const GenerateParams& p, const std::function<bool(const Delivery&)>& deliver) {
     if (tokens.empty()) fail("nothing to continue: the prompt has no tokens");
     std::vector<uint8_t> allowed;
-    if (e.tokenizer && !chooser) {
-      allowed.resize(logits.size());
-      for (size_t i = 0; i < allowed.size(); i++) allowed[i] = e.tokenizer->has(static_cast<int32_t>(i));
-    }
+    if (e.tokenizer && !chooser) allowed = e.allowed_ids();
     qn::Sampler sampler(p.sampling, std::move(allowed));
     qn::TextStream stream(p.stop);
     GenerateResult r{{}, {}, Finish::Length, 0};
     const double start = now();
     const int begin = position();
     std::vector<size_t> ends;  // bytes of text after each token
-    size_t text_bytes = 0;
     bool go = true;
     auto give = [&](int32_t id, const std::string& text) {
       r.text += text;
@@ -913,21 +913,20 @@ struct Session::Impl {
       std::string bytes;
       if (e.tokenizer && !e.tokenizer->special(id)) bytes = e.tokenizer->bytes(id);
       const std::string text = stream.add(bytes);
-      text_bytes += bytes.size();
       if (stream.stopped()) {
         r.finish = Finish::StopString;
         if (!text.empty()) give(-1, text);
         break;
       }
       // If this token opens what may become a stop string, the state before it is where a roll-back would go.
-      if (!p.stop.empty() && had_all && stream.taken() != stream.given()) state.checkpoint(position(), true);
+      if (!p.stop.empty() && had_all && stream.taken() != stream.given()) pipeline.checkpoint(position(), true);
       r.ids.push_back(id);
-      ends.push_back(text_bytes);
+      ends.push_back(stream.taken());
       if (chooser) started = now(), advance(id);  // the GPU computes while the text is shown
       go = give(id, text);
       if (!chooser) step_one(id);
     }
-    if (started > 0) device.sync(), decoded(started);  // as many passes as tokens are in the time of both
+    if (started > 0) pipeline.wait(), decoded(started);  // as many passes as tokens are in the time of both
     if (r.finish == Finish::StopString) {
       // Keep the tokens whose text was delivered whole; at a boundary also those without any text that follow.
       size_t keep = 0;
@@ -956,7 +955,7 @@ struct Session::Impl {
 };
 
 Session::Session(Engine& engine) {
-  engine.impl_->reserved = {};
+  for (Part& p : engine.impl_->parts) p.reserved = {};
   impl_ = std::make_unique<Impl>(*engine.impl_);
 }
 Session::Session(Session&&) noexcept = default;
@@ -979,7 +978,7 @@ int Session::rewind(int position) {
 }
 void Session::clear() {
   impl_->tokens.clear();
-  impl_->state.reset();
+  impl_->pipeline.reset();
   impl_->stale = true;
 }
 GenerateResult Session::generate(const GenerateParams& params, const std::function<bool(const Delivery&)>& deliver) {
@@ -990,6 +989,6 @@ void Session::pretend(int position, uint64_t seed) { impl_->pretend(position, se
 std::vector<OpTime> Session::profile(std::span<const int32_t> tokens) { return impl_->profile(tokens); }
 PassTime Session::pass(std::span<const int32_t> tokens) { return impl_->pass(tokens); }
 uint64_t Session::bytes_per_token() const { return impl_->bytes_per_token(); }
-uint64_t Session::state_hash() const { return impl_->state.hash(impl_->position()); }
+uint64_t Session::state_hash() const { return impl_->pipeline.hash(impl_->position()); }
 
 }  // namespace qnext

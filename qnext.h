@@ -37,7 +37,8 @@ using qn::SamplerParams;
 enum class Verify { Auto, Yes, No };  // checksums at open. Auto: of files under 1 GiB, and of weights that are copied to a GPU
 
 struct Options {
-  std::string device = "auto";      // auto | ref | cpu | cuda | cuda:0,1
+  std::string device = "auto";      // auto | ref | cpu | cuda | cuda:0,1; numbers may repeat, and cpu,cpu is good for tests
+  std::vector<int> split;           // layers of each device; empty: cut so that each holds about equally many bytes of its memory
   std::optional<std::string> act;   // f32 | bf16 | int8; default bf16 on CUDA, else int8
   std::string kv_type;              // f32 | bf16 | int8; default f32 with --act f32, else bf16
   std::string isa = "auto";         // CPU kernels: auto | scalar | avx2 | avx512
@@ -81,16 +82,23 @@ struct ModelInfo {
 };
 
 // Where everything goes, known before anything is allocated.
-struct Plan {
+struct DevicePlan {
   std::string device;
+  int begin, end;                        // its layers: [begin, end)
+  uint64_t weights, kv, state, scratch;  // bytes
+  uint64_t budget;                       // devices that share memory have an equal share of it each
+};
+struct Plan {
+  std::string device;                    // the names of all, "cuda:0 (...) + cuda:1 (...)"
   std::string act, kv_type;              // in force: "int8", "bf16"
   int ctx, ubatch;
   uint64_t weights, kv, state, scratch;  // bytes; weights are mapped on the CPU, copied to a GPU
   uint64_t budget;                       // what may be used: memory of the process, or free memory of the GPU
+  std::vector<DevicePlan> devices;       // in the order of their layers; what is above is their sum
 };
 
 struct MemoryUse {
-  uint64_t device_used, device_total;    // bytes of the GPU: taken since the device was opened, and all; 0 on host devices
+  uint64_t device_used, device_total;    // bytes of the GPUs: taken since the device was opened, and all; 0 on host devices
 };
 
 using Progress = std::function<void(std::string_view what, uint64_t done, uint64_t total)>;
@@ -211,6 +219,7 @@ class Session {
   uint64_t bytes_per_token() const;  // that decoding a token here has to move
 
  private:
+  struct Stage;
   struct Impl;
   std::unique_ptr<Impl> impl_;
 };

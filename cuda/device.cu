@@ -36,6 +36,7 @@ namespace {
 constexpr size_t kBlasBytes = 32 << 20;    // what cuBLAS asks for on Hopper
 constexpr size_t kStaging = 1 << 20;       // pinned bytes through which small uploads go without waiting
 constexpr size_t kUpload = 64 << 10;       // "small"
+constexpr uint64_t kPasses = 32;           // a caller may be fewer than this ahead
 
 void check_blas(cublasStatus_t s, const char* what) {
   if (s != CUBLAS_STATUS_SUCCESS) fail("cuda: %s: %s", what, cublasGetStatusString(s));
@@ -43,23 +44,25 @@ void check_blas(cublasStatus_t s, const char* what) {
 
 class CudaDevice final : public Device {
  public:
-  CudaDevice(int index, bool graphs) : index_(index), graphs_(graphs) {
+  CudaDevice(int index, bool graphs) : index_(index), graphs_(graphs), name_(format("cuda:%d", index)) {
     make_current();
     cudaDeviceProp p{};
-    cuda::check(cudaGetDeviceProperties(&p, index), "cudaGetDeviceProperties");
+    check(cudaGetDeviceProperties(&p, index), "cudaGetDeviceProperties");
     if (p.major < 8) fail("--device cuda:%d: %s has compute capability %d.%d, expected 8.0 or later; use --device cpu", index, p.name, p.major, p.minor);
     name_ = format("cuda:%d (%s)", index, p.name);
     context_.sms = p.multiProcessorCount;
     cudaFuncAttributes code{};
-    cuda::check(cudaFuncGetAttributes(&code, read_k), "cudaFuncGetAttributes");
+    check(cudaFuncGetAttributes(&code, read_k), "cudaFuncGetAttributes");
     context_.overlap = p.major >= 9 && code.ptxVersion >= 90;  // code for older architectures does not wait for what it overlaps
     context_.shared_max = p.sharedMemPerBlockOptin;
-    cuda::check(cudaStreamCreateWithFlags(&context_.stream, cudaStreamNonBlocking), "cudaStreamCreate");
+    check(cudaStreamCreateWithFlags(&context_.stream, cudaStreamNonBlocking), "cudaStreamCreate");
     check_blas(cublasCreate(&context_.blas), "cublasCreate");
     check_blas(cublasSetStream(context_.blas, context_.stream), "cublasSetStream");
-    cuda::check(cudaHostAlloc(&staging_, kStaging, cudaHostAllocDefault), "cudaHostAlloc");
+    check(cudaHostAlloc(&staging_, kStaging, cudaHostAllocDefault), "cudaHostAlloc");
+    check(cudaEventCreateWithFlags(&asked_, cudaEventDisableTiming), "cudaEventCreate");
+    for (cudaEvent_t& e : passes_) check(cudaEventCreateWithFlags(&e, cudaEventDisableTiming), "cudaEventCreate");
     size_t total = 0;
-    cuda::check(cudaMemGetInfo(&free_at_start_, &total), "cudaMemGetInfo");
+    check(cudaMemGetInfo(&free_at_start_, &total), "cudaMemGetInfo");
     fixed_ = static_cast<uint8_t*>(do_alloc(kBlasBytes + kCounters * 4, "cuBLAS workspace"));
     context_.counters = reinterpret_cast<uint32_t*>(fixed_ + kBlasBytes);
     check_blas(cublasSetWorkspace(context_.blas, fixed_, kBlasBytes), "cublasSetWorkspace");
@@ -73,26 +76,28 @@ class CudaDevice final : public Device {
     for (void* p : {static_cast<void*>(context_.scratch), static_cast<void*>(weights_), static_cast<void*>(fixed_)}) cudaFree(p);
     for (Mail* m : mail_) cudaFreeHost(m);
     cudaFreeHost(staging_);
+    cudaEventDestroy(asked_);
+    for (cudaEvent_t e : passes_) cudaEventDestroy(e);
     cublasDestroy(context_.blas);
     cudaStreamDestroy(context_.stream);
   }
   std::string name() const override { return name_; }
   void make_current() const override {  // asking takes some ns, and is allowed while recording
     int now = -1;
-    if (cudaGetDevice(&now) != cudaSuccess || now != index_) cuda::check(cudaSetDevice(index_), "cudaSetDevice");
+    if (cudaGetDevice(&now) != cudaSuccess || now != index_) check(cudaSetDevice(index_), "cudaSetDevice");
   }
 
   // ---- memory
   uint64_t memory() const override {
     make_current();
     size_t free = 0, total = 0;
-    cuda::check(cudaMemGetInfo(&free, &total), "cudaMemGetInfo");
+    check(cudaMemGetInfo(&free, &total), "cudaMemGetInfo");
     return total;
   }
   uint64_t memory_free() const override {
     make_current();
     size_t free = 0, total = 0;
-    cuda::check(cudaMemGetInfo(&free, &total), "cudaMemGetInfo");
+    check(cudaMemGetInfo(&free, &total), "cudaMemGetInfo");
     return free;
   }
   uint64_t memory_used() const override { return free_at_start_ - std::min<uint64_t>(free_at_start_, memory_free()); }
@@ -104,8 +109,8 @@ class CudaDevice final : public Device {
       cudaGetLastError();
       fail("%s: no room for %s: %zu MiB wanted, %llu MiB free", name_.c_str(), what, bytes >> 20, static_cast<unsigned long long>(memory_free() >> 20));
     }
-    cuda::check(e, what);
-    cuda::check(cudaMemsetAsync(p, 0, std::max<size_t>(bytes, 1), context_.stream), what);
+    check(e, what);
+    check(cudaMemsetAsync(p, 0, std::max<size_t>(bytes, 1), context_.stream), what);
     return p;
   }
   void do_free(void* p, size_t) override {
@@ -133,36 +138,64 @@ class CudaDevice final : public Device {
   void upload(void* to, const void* from, size_t n) override {
     make_current();
     if (n > kUpload) {  // from pageable memory: has read it when it returns
-      cuda::check(cudaMemcpyAsync(to, from, n, cudaMemcpyHostToDevice, context_.stream), "upload");
+      check(cudaMemcpyAsync(to, from, n, cudaMemcpyHostToDevice, context_.stream), "upload");
       return;
     }
     if (staged_ + n > kStaging) sync(), staged_ = 0;  // the copies that read the ring have ended
     std::memcpy(staging_ + staged_, from, n);
-    cuda::check(cudaMemcpyAsync(to, staging_ + staged_, n, cudaMemcpyHostToDevice, context_.stream), "upload");
+    check(cudaMemcpyAsync(to, staging_ + staged_, n, cudaMemcpyHostToDevice, context_.stream), "upload");
     staged_ += (n + 63) / 64 * 64;
   }
   void download(void* to, const void* from, size_t n) override {
     make_current();
-    cuda::check(cudaMemcpyAsync(to, from, n, cudaMemcpyDeviceToHost, context_.stream), "download");
+    check(cudaMemcpyAsync(to, from, n, cudaMemcpyDeviceToHost, context_.stream), "download");
     sync();
   }
   void copy(void* to, const void* from, size_t n) override {
     make_current();
-    cuda::check(cudaMemcpyAsync(to, from, n, cudaMemcpyDeviceToDevice, context_.stream), "copy");
+    check(cudaMemcpyAsync(to, from, n, cudaMemcpyDeviceToDevice, context_.stream), "copy");
   }
-  void zero(void* to, size_t n) override { make_current(), cuda::check(cudaMemsetAsync(to, 0, n, context_.stream), "zero"); }
-  void sync() override { make_current(), cuda::check(cudaStreamSynchronize(context_.stream), "waiting for the device (--no-graph names the operation)"); }
+  void zero(void* to, size_t n) override { make_current(), check(cudaMemsetAsync(to, 0, n, context_.stream), "zero"); }
+  // A's memory to mine (B), without the host waiting:
+  //   1. A's event is recorded on A's stream: it stands for everything asked of A so far.
+  //   2. my stream waits for it, then copies: the copy sees what A had been asked to write, and comes after what I was asked before.
+  //   3. my event is recorded behind the copy, and A's stream waits for it: what A is asked later cannot overwrite what is still read.
+  // A wait is for the event's last record before the wait was asked for; recording it again moves no earlier wait, so one event per
+  // device serves all copies. Every wait is for something asked earlier, hence no circle of devices can wait for each other.
+  void copy_from(void* to, Device& source, const void* from, size_t n) override {
+    if (&source == this) return copy(to, from, n);
+    auto* const a = dynamic_cast<CudaDevice*>(&source);
+    QN_CHECK(a, "%s: a copy from %s", name_.c_str(), source.name().c_str());
+    const bool here = a->index_ == index_;
+    a->record(a->asked_);
+    make_current();
+    if (!here) reach(*a);
+    check(cudaStreamWaitEvent(context_.stream, a->asked_, 0), "waiting for another device");
+    if (here) check(cudaMemcpyAsync(to, from, n, cudaMemcpyDeviceToDevice, context_.stream), "copy");
+    else check(cudaMemcpyPeerAsync(to, index_, from, a->index_, n, context_.stream), "copy from another device");
+    record(asked_);
+    a->make_current();
+    a->check(cudaStreamWaitEvent(a->context_.stream, asked_, 0), "waiting for another device");
+  }
+  void keep_up(size_t behind) override {
+    if (!behind) return sync();
+    const uint64_t ahead = std::min<uint64_t>(behind, kPasses - 1);
+    record(passes_[passed_ % kPasses]);
+    if (passed_ >= ahead) check(cudaEventSynchronize(passes_[(passed_ - ahead) % kPasses]), "waiting for the device (--no-graph names the operation)");
+    passed_++;
+  }
+  void sync() override { make_current(), check(cudaStreamSynchronize(context_.stream), "waiting for the device (--no-graph names the operation)"); }
   bool idle() override {
     make_current();
     const cudaError_t e = cudaStreamQuery(context_.stream);
     if (e == cudaErrorNotReady) return false;
-    cuda::check(e, "the device failed (--no-graph names the operation)");
+    check(e, "the device failed (--no-graph names the operation)");
     return true;
   }
   Mail* alloc_mail() override {
     make_current();
     Mail* m = nullptr;
-    cuda::check(cudaHostAlloc(&m, sizeof(Mail), cudaHostAllocMapped), "cudaHostAlloc");
+    check(cudaHostAlloc(&m, sizeof(Mail), cudaHostAllocMapped), "cudaHostAlloc");
     std::memset(m, 0, sizeof *m);
     mail_.push_back(m);
     return m;
@@ -180,7 +213,7 @@ class CudaDevice final : public Device {
     if (bytes <= context_.scratch_bytes) return;
     sync();  // this device is current from here on
     recordings_forget(nullptr);  // they hold the old address
-    if (context_.scratch) cuda::check(cudaFree(context_.scratch), "cudaFree");
+    if (context_.scratch) check(cudaFree(context_.scratch), "cudaFree");
     context_.scratch = nullptr, context_.scratch_bytes = 0;
     context_.scratch = static_cast<uint8_t*>(do_alloc(bytes, "scratch of the operations"));
     context_.scratch_bytes = bytes;
@@ -197,7 +230,7 @@ class CudaDevice final : public Device {
     }
     if (!r->graph) {
       cudaGraph_t graph = nullptr;
-      cuda::check(cudaStreamBeginCapture(context_.stream, cudaStreamCaptureModeThreadLocal), "cudaStreamBeginCapture");
+      check(cudaStreamBeginCapture(context_.stream, cudaStreamCaptureModeThreadLocal), "cudaStreamBeginCapture");
       try {
         body();
       } catch (...) {
@@ -205,12 +238,12 @@ class CudaDevice final : public Device {
         if (graph) cudaGraphDestroy(graph);
         throw;
       }
-      cuda::check(cudaStreamEndCapture(context_.stream, &graph), "cudaStreamEndCapture");
+      check(cudaStreamEndCapture(context_.stream, &graph), "cudaStreamEndCapture");
       const cudaError_t e = cudaGraphInstantiate(&r->graph, graph, 0);
       cudaGraphDestroy(graph);
-      cuda::check(e, "cudaGraphInstantiate");
+      check(e, "cudaGraphInstantiate");
     }
-    cuda::check(cudaGraphLaunch(r->graph, context_.stream), "cudaGraphLaunch");
+    check(cudaGraphLaunch(r->graph, context_.stream), "cudaGraphLaunch");
   }
   void forget(const void* owner) override {
     cudaSetDevice(index_);
@@ -230,16 +263,16 @@ class CudaDevice final : public Device {
       p = static_cast<const uint8_t*>(own.data());
     }
     cudaEvent_t a, b;
-    cuda::check(cudaEventCreate(&a), "cudaEventCreate");
-    cuda::check(cudaEventCreate(&b), "cudaEventCreate");
+    check(cudaEventCreate(&a), "cudaEventCreate");
+    check(cudaEventCreate(&b), "cudaEventCreate");
     double best = 0;
     for (int blocks : {1, 2, 8, 8, 8}) {
-      cuda::check(cudaEventRecord(a, context_.stream), "cudaEventRecord");
+      check(cudaEventRecord(a, context_.stream), "cudaEventRecord");
       launch(context_, "read", read_k, dim3(static_cast<unsigned>(context_.sms * blocks)), dim3(1024), 0, reinterpret_cast<const uint4*>(p), bytes / 16, context_.counters);
-      cuda::check(cudaEventRecord(b, context_.stream), "cudaEventRecord");
-      cuda::check(cudaEventSynchronize(b), "cudaEventSynchronize");
+      check(cudaEventRecord(b, context_.stream), "cudaEventRecord");
+      check(cudaEventSynchronize(b), "cudaEventSynchronize");
       float ms = 0;
-      cuda::check(cudaEventElapsedTime(&ms, a, b), "cudaEventElapsedTime");
+      check(cudaEventElapsedTime(&ms, a, b), "cudaEventElapsedTime");
       best = std::max(best, static_cast<double>(bytes) / (ms * 1e-3));
     }
     cudaEventDestroy(a), cudaEventDestroy(b);
@@ -258,9 +291,26 @@ class CudaDevice final : public Device {
       return true;
     });
   }
+  // Throws Error "cuda:0 (its name): <what>: <name of the error> (<its text>)".
+  void check(cudaError_t e, const char* what) const {
+    if (e != cudaSuccess) fail("%s: %s: %s (%s)", name_.c_str(), what, cudaGetErrorName(e), cudaGetErrorString(e));
+  }
+  void record(cudaEvent_t e) {
+    make_current();
+    check(cudaEventRecord(e, context_.stream), "cudaEventRecord");
+  }
+  // Reads of the other GPU's memory go straight to it where the machine has a way; else the driver copies by way of the host. Once per pair.
+  void reach(const CudaDevice& other) {
+    if (std::ranges::find(reached_, other.index_) != reached_.end()) return;
+    int can = 0;
+    check(cudaDeviceCanAccessPeer(&can, index_, other.index_), "cudaDeviceCanAccessPeer");
+    if (const cudaError_t e = can ? cudaDeviceEnablePeerAccess(other.index_, 0) : cudaSuccess; e == cudaErrorPeerAccessAlreadyEnabled) cudaGetLastError();
+    else check(e, "cudaDeviceEnablePeerAccess");
+    reached_.push_back(other.index_);
+  }
   // Without recordings every operation is waited for, so that a failure names it.
   void done(const char* op) {
-    if (!graphs_) cuda::check(cudaStreamSynchronize(context_.stream), op);
+    if (!graphs_) check(cudaStreamSynchronize(context_.stream), op);
   }
   static bool few(int64_t t) { return t <= kFewTokens; }
 
@@ -313,6 +363,10 @@ class CudaDevice final : public Device {
   uint64_t weight_bytes_ = 0, placed_ = 0;
   size_t staged_ = 0, free_at_start_ = 0;
   std::vector<Mail*> mail_;
+  cudaEvent_t asked_ = nullptr;              // of copies between devices: see copy_from()
+  cudaEvent_t passes_[kPasses] = {};         // ends of the last passes: see keep_up()
+  uint64_t passed_ = 0;
+  std::vector<int> reached_;                 // GPUs whose memory this one may read
   std::map<std::pair<const void*, uint64_t>, Recording> recordings_;
 };
 

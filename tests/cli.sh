@@ -53,7 +53,13 @@ refused 1 "none.txt" "$cli" -m "$m" -f "$tmp/none.txt"
 refused 1 "none.json" "$cli" -m "$m" --tools "$tmp/none.json" -p x
 refused 2 "device" "$cli" -m "$m" --device tpu -p x
 refused 2 "device" "$cli" -m "$m" --device cuda:0, -p x
-refused 1 "expected one GPU" "$cli" -m "$m" --device cuda:0,1 -p x
+"$cli" -m "$m" --device cpu,cpu --split 5,3 --info >"$tmp/out" 2>"$tmp/err" </dev/null
+has "--info of two devices" "^layers 0 to 4 .*cpu (.*weights" "$tmp/out"
+has "--info of two devices" "^layers 5 to 7 " "$tmp/out"
+refused 2 "device" "$cli" -m "$m" --device cpu,ref -p x
+refused 2 "split" "$cli" -m "$m" --device cpu,cpu --split 4, -p x
+refused 1 "expected 2 numbers" "$cli" -m "$m" --device cpu,cpu --split 8 -p x
+refused 1 "add up to the 8 layers" "$cli" -m "$m" --device cpu,cpu --split 4,5 -p x
 refused 1 "empty" "$cli" -m "$m" -p ""
 refused 1 "empty" "$cli" -m "$m"
 refused 2 "from 1 to" "$cli" -m "$m" --rope-yarn 0.5 -p x

@@ -383,7 +383,7 @@ TEST_CASE("CUDA: two GPUs in one process, in turn") {
 
 TEST_CASE("CUDA: devices that are not there are refused") {
   if (no_gpu()) return;
-  for (const char* device : {"cuda:63", "cuda:0,0"}) {
+  for (const char* device : {"cuda:63", "cuda:0,63"}) {
     Options o = options("bf16", device);
     CHECK_THROWS_AS(Engine::open(TestModels::get().path("tiny"), o), Error);
   }

@@ -1,5 +1,9 @@
 #include <doctest/doctest.h>
 
+#include <algorithm>
+#include <cmath>
+#include <numeric>
+
 #include "ggml-lite/base/check.h"
 #include "ggml-lite/core/plan.h"
 
@@ -96,4 +100,115 @@ TEST_CASE("plan: in the memory of the process half of what is free is left to th
   CHECK(p.ctx > 100000);
   r.budget = kGiB / 2;
   CHECK(refusal(r).find("--ram") != std::string::npos);
+}
+
+namespace {
+double fullest(const LayerBytes& b, std::span<const int> split, std::span<const uint64_t> budgets) {
+  double most = 0;
+  for (size_t d = 0, at = 0; d < split.size(); d++) {
+    uint64_t sum = (d == 0 ? b.front : 0) + (d + 1 == split.size() ? b.back : 0);
+    for (int i = 0; i < split[d]; i++) sum += b.layers[at++];
+    most = std::max(most, static_cast<double>(sum) / static_cast<double>(budgets[d]));
+  }
+  return most;
+}
+}  // namespace
+
+TEST_CASE("split: no cut of the layers fills the fullest device less") {
+  uint32_t noise = 7;
+  const auto draw = [&](uint32_t n) { return noise = noise * 1664525 + 1013904223, (noise >> 8) % n; };
+  for (int round = 0; round < 200; round++) {
+    LayerBytes b;
+    for (uint32_t i = 0, n = 3 + draw(7); i < n; i++) b.layers.push_back(draw(20) + (round % 2 ? 0 : 30));
+    b.front = draw(40), b.back = draw(60);
+    const auto layers = static_cast<int>(b.layers.size());
+    std::vector<uint64_t> budgets(1 + draw(3));
+    for (uint64_t& x : budgets) x = 1 + draw(4);
+    const std::vector<int> got = split_layers(b, budgets);
+    REQUIRE(got.size() == budgets.size());
+    CHECK_NOTHROW(check_split(got, budgets.size(), layers));
+    double best = INFINITY;
+    for (int i = 1; i < layers; i++)
+      for (int j = 1; i + j < layers; j++) {
+        if (budgets.size() == 3) best = std::min(best, fullest(b, std::vector{i, j, layers - i - j}, budgets));
+        if (budgets.size() == 2) best = std::min({best, fullest(b, std::vector{i, layers - i}, budgets), fullest(b, std::vector{layers - 1, 1}, budgets)});
+      }
+    if (budgets.size() == 1) best = fullest(b, std::vector{layers}, budgets);
+    CHECK(fullest(b, got, budgets) == best);
+  }
+}
+
+TEST_CASE("split: where the head lies there are fewer layers; a larger card has more") {
+  LayerBytes b{std::vector<uint64_t>(48, 900), 600, 2200};
+  const std::vector<uint64_t> same = {80, 80}, larger = {40, 80}, eight(8, 80);
+  CHECK(split_layers(b, same) == std::vector{25, 23});
+  b.back = 600;
+  CHECK(split_layers(b, same) == std::vector{24, 24});
+  CHECK(split_layers(b, larger) == std::vector{16, 32});
+  const std::vector<int> eighths = split_layers(b, eight);
+  CHECK(std::accumulate(eighths.begin(), eighths.end(), 0) == 48);
+  CHECK(*std::ranges::max_element(eighths) <= 7);
+}
+
+TEST_CASE("split: numbers that are not one per device, or are not all layers, are refused") {
+  const auto why = [](std::vector<int> split, size_t devices) {
+    try {
+      check_split(split, devices, 48);
+    } catch (const Error& e) {
+      return std::string(e.what());
+    }
+    return std::string();
+  };
+  CHECK(why({26, 22}, 2) == "");
+  CHECK(why({48}, 1) == "");
+  CHECK(why({26, 22}, 3).find("expected 3 numbers") != std::string::npos);
+  CHECK(why({26, 21}, 2).find("48 layers of the model, got 47") != std::string::npos);
+  CHECK(why({49, -1}, 2).find("at least 1") != std::string::npos);
+}
+
+TEST_CASE("plan: several devices have the context and the passes that all of them have room for") {
+  PlanRequest large = request(79), small = request(26);
+  large.weights = small.weights = 22 * kGiB, large.per_position = small.per_position = 12288;
+  const auto p = plan_devices({large, small});
+  REQUIRE(p.size() == 2);
+  CHECK(p[0].ctx == p[1].ctx);
+  CHECK(p[0].ubatch == p[1].ubatch);
+  CHECK(sum(p[0]) <= 79 * kGiB);
+  CHECK(sum(p[1]) <= 26 * kGiB);
+  PlanRequest alone = small;
+  alone.one_of_several = true;
+  CHECK(p[1].ctx == plan_memory(alone).ctx);  // the tighter one decides
+  CHECK(plan_devices({large, large})[0].ubatch == 4096);
+  CHECK(plan_devices({large})[0].ubatch == 8192);
+  for (PlanRequest* r : {&large, &small}) r->ctx = 262144;
+  CHECK_THROWS_AS(plan_devices({large, small}), Error);
+  CHECK_THROWS_AS(plan_devices({small, large}), Error);
+}
+
+TEST_CASE("plan: what a refusal of several devices advises is accepted by all of them") {
+  int advised = 0;
+  for (int ctx : {0, 1000, 40000, 200000})
+    for (int ubatch : {0, 64, 512, 16384})
+      for (uint64_t a = 44 * 1024 + 512; a <= 50 * 1024; a += 256)
+        for (uint64_t b = 44 * 1024 + 512; b <= 50 * 1024; b += 256) {
+          std::vector<PlanRequest> r = {request(0), request(0)};
+          r[0].budget = a << 20, r[1].budget = b << 20, r[0].per_position = 4096;
+          for (PlanRequest& one : r) one.ctx = ctx, one.ubatch = ubatch;
+          std::string refused;
+          try {
+            for (const MemoryPlan& p : plan_devices(r)) CHECK((p.ctx > 0 && (!ctx || p.ctx == ctx)));
+          } catch (const Error& e) {
+            refused = e.what();
+          }
+          const size_t at = refused.find("--ctx ");
+          if (at == std::string::npos) continue;
+          for (PlanRequest& one : r) {
+            one.ctx = std::stoi(refused.substr(at + 6));
+            if (refused.find("--ubatch 512") != std::string::npos) one.ubatch = 512;
+          }
+          CAPTURE(refused);
+          CHECK_NOTHROW(plan_devices(r));
+          advised++;
+        }
+  CHECK(advised > 100);
 }

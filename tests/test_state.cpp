@@ -39,7 +39,7 @@ static void check(HybridState& s, int position) {
 
 TEST_CASE("every checkpoint that is kept restores its position") {
   const auto device = make_ref_device();
-  HybridState s(*device, shape(), 0);  // room for three
+  HybridState s(*device, shape(), HybridState::checkpoints_kept(shape(), 0));  // three
   for (int p : {10, 20, 21, 22, 50, 60, 61}) {
     write(s, p);
     s.checkpoint(p);
@@ -60,7 +60,7 @@ TEST_CASE("every checkpoint that is kept restores its position") {
 
 TEST_CASE("a passing checkpoint is replaced by the next and outlived by the others") {
   const auto device = make_ref_device();
-  HybridState s(*device, shape(), 1 << 20);
+  HybridState s(*device, shape(), HybridState::checkpoints_kept(shape(), 1 << 20));
   write(s, 5), s.checkpoint(5);
   write(s, 7), s.checkpoint(7, true);
   write(s, 9), s.checkpoint(9, true);
@@ -80,7 +80,7 @@ TEST_CASE("an INT8 cache: codes where 16-byte loads may begin, scales behind the
   shape_i8.attention = {true, false, true, true};
   shape_i8.kv_heads = 2, shape_i8.head_dim = 160, shape_i8.context = 7, shape_i8.kv_type = DType::I8, shape_i8.lagging = 1;
   CHECK(shape_i8.kv_bytes() == 3 * 2 * 2 * 7 * (160 + 2 * 2));
-  HybridState s(*device, shape_i8, 0);
+  HybridState s(*device, shape_i8, 3);
   std::vector<std::pair<uintptr_t, int64_t>> all;  // begin, bytes
   for (int layer : {0, 2, 3}) {
     const KvCache c = s.cache(layer);
@@ -114,5 +114,5 @@ TEST_CASE("an INT8 cache: codes where 16-byte loads may begin, scales behind the
       }
   CHECK(s.hash(5) == at_5);
   CHECK(shape().kv_bytes() == 1 * 2 * 100 * 32 * 4);
-  CHECK(!HybridState(*device, shape(), 0).cache(1).k_scales);
+  CHECK(!HybridState(*device, shape(), 3).cache(1).k_scales);
 }

@@ -104,6 +104,15 @@ int parse_count(const std::string& text, const char* option, int min, int max) {
   return v;
 }
 
+std::vector<int> parse_counts(const std::string& text, const char* option, int min, int max) {
+  std::vector<int> list;
+  for (size_t at = 0, end = 0; at <= text.size(); at = end + 1) {
+    end = std::min(text.find(',', at), text.size());
+    list.push_back(parse_count(text.substr(at, end - at), option, min, max));
+  }
+  return list;
+}
+
 double parse_number(const std::string& text, const char* option, double min, double max) {
   double v = 0;
   const char* const end = text.data() + text.size();

@@ -10,7 +10,7 @@
 //   - Row i of a result depends on row i (and the state left by rows < i) only, and its bits do not depend on how many rows
 //     the call has, for calls of 1 to 8 rows. ref and cpu hold this for any number of rows.
 //   - Sums over K are fp32. Results of two devices agree within the tolerances of tests/test_ops.cpp.
-//   - Operations of one device run in the order they are called. download() and sync() wait for them, nothing else does;
+//   - Operations of one device run in the order they are called. download(), sync() and keep_up() wait for them, nothing else does;
 //     upload() has read its source when it returns.
 //
 // Activations are F32 (T, n). `h` is the residual stream (T, D).
@@ -246,7 +246,12 @@ class Device {
   virtual void download(void* to_host, const void* from, size_t bytes) = 0;
   virtual void copy(void* to, const void* from, size_t bytes) = 0;  // device to device, ordered with operations
   virtual void zero(void* to, size_t bytes) = 0;
+  // From memory of another device of this kind into memory of this one. Ordered behind everything asked of `source` so far, and what is
+  // asked of `source` later is ordered behind the copy, so that it may overwrite `from`. Not while recording.
+  virtual void copy_from(void* to, Device& source, const void* from, size_t bytes) { source.download(to, from, bytes); }
   virtual void sync() {}
+  // Called after each of a row of passes: waits for all but the last `behind` of them, so that the caller is never further ahead.
+  virtual void keep_up(size_t behind) { (void)behind, sync(); }
   // Run `body` (a fixed list of operations, copies and zeroings on fixed addresses); a device that records may replay what it
   // recorded for the same (owner, key). The owner of the addresses calls forget() before they go.
   virtual void recorded(const void* owner, uint64_t key, const std::function<void()>& body) {

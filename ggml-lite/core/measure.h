@@ -1,6 +1,7 @@
 // What a pass over a model takes and moves: the whole of it, or each kind of operation alone.
 #pragma once
 #include <functional>
+#include <span>
 #include <string>
 #include <vector>
 
@@ -25,9 +26,12 @@ struct Pass {
   std::function<void(bool record)> run;   // the operations; through Device::recorded() if `record` and it is short enough
 };
 
-// Bytes as Device::Traffic counts them, of experts those really chosen.
-PassTime time_pass(Device& device, const Pass& pass);
-std::vector<OpTime> time_operations(Device& device, const Pass& pass);
-uint64_t bytes_asked(Device& device, const Pass& pass);  // without running anything: for a pass over one token
+// Bytes as Device::Traffic counts them, of experts those really chosen. The devices of a pass work one after the other: times are sums over
+// them, copies between them included.
+using Devices = std::span<Device* const>;
+PassTime time_pass(Devices devices, const Pass& pass);
+std::vector<OpTime> time_operations(Devices devices, const Pass& pass);
+double read_bandwidth(Devices devices, std::span<const uint64_t> weights, std::span<const uint64_t> spare);  // of all weights; 0: not measured
+uint64_t bytes_asked(Devices devices, const Pass& pass);  // without running anything: for a pass over one token
 
 }  // namespace qn

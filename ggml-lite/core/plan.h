@@ -1,8 +1,11 @@
-// Where memory goes, decided before any is taken: a pure function of sizes and a budget.
+// Where memory goes, and which layers to which device, decided before any is taken: pure functions of sizes and budgets.
 #pragma once
+#include <climits>
 #include <cstdint>
 #include <functional>
+#include <span>
 #include <string>
+#include <vector>
 
 namespace qn {
 
@@ -12,9 +15,11 @@ struct PlanRequest {
                                       // beside the budget, and half of what is free is left to them
   uint64_t budget = 0, weights = 0;   // bytes
   uint64_t state = 0;                 // recurrent state and its checkpoints
-  uint64_t per_position = 1;          // of the KV cache
+  uint64_t per_position = 1;          // of the KV cache; 0 where no layer has one
   int model_context = 1;              // positions the model was made for
   int ctx = 0, ubatch = 0;            // asked for; 0: choose
+  bool one_of_several = false;        // devices that work on passes one after the other: shorter ones, so that all have work
+  int others = INT_MAX;               // positions for which the other devices have room: a refusal advises no more
   std::function<uint64_t(int ubatch, int ctx)> scratch;  // bytes, not falling in either
 };
 
@@ -28,5 +33,18 @@ constexpr uint64_t kDeviceMargin = 384ull << 20;
 
 // Throws Error when it does not fit: what is needed, what is free, how much is missing, what would fit.
 MemoryPlan plan_memory(const PlanRequest& request);
+// The same of devices that each hold a part of one model: one context and one length of passes, which fit all of them.
+std::vector<MemoryPlan> plan_devices(std::vector<PlanRequest> requests);
+
+// Bytes of a model in order: what lies before the layers is held by the first device, what lies behind them by the last.
+struct LayerBytes {
+  std::vector<uint64_t> layers;
+  uint64_t front = 0, back = 0;
+};
+// How many layers each device takes, at least one: such that the fullest is as little full as can be, in bytes per budget. At most as
+// many devices as layers.
+std::vector<int> split_layers(const LayerBytes& bytes, std::span<const uint64_t> budgets);
+// Throws Error unless `split` (of --split) gives each of the `devices` at least one layer, and all `layers` away.
+void check_split(std::span<const int> split, size_t devices, int layers);
 
 }  // namespace qn

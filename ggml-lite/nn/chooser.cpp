@@ -6,7 +6,8 @@
 
 namespace qn {
 
-Chooser::Chooser(Device& device, Tensor allowed, int context) : device_(&device), allowed_(allowed), context_(context) {
+Chooser::Chooser(Device& device, Tensor allowed, int context, std::vector<Device*> before)
+    : device_(&device), before_(std::move(before)), allowed_(allowed), context_(context) {
   if (!device.samples()) return;
   history_ = device.alloc((static_cast<size_t>(context) + 1) * sizeof(int32_t), "history of tokens");
   params_ = device.alloc(sizeof(SampleParams), "sampling parameters");
@@ -38,7 +39,10 @@ int32_t Chooser::wait(int position) const {
       return static_cast<int32_t>(static_cast<uint32_t>(v));
     }
     // A device that failed never writes; asking it costs more than looking.
-    if (n % 4096 == 0 && device_->idle()) QN_CHECK(here(slot.load(std::memory_order_acquire)), "no token was chosen for position %d", position);
+    if (n % 4096) continue;
+    bool idle = true;
+    for (Device* d : before_) idle = d->idle() && idle;
+    if (device_->idle() && idle) QN_CHECK(here(slot.load(std::memory_order_acquire)), "no token was chosen for position %d", position);
   }
 }
 

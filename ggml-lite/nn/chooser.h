@@ -3,6 +3,7 @@
 #pragma once
 #include <cstdint>
 #include <span>
+#include <vector>
 
 #include "ggml-lite/core/device.h"
 
@@ -11,8 +12,8 @@ namespace qn {
 class Chooser {
  public:
   Chooser() = default;                              // of a device that cannot
-  // allowed (V) U8 or empty; context: positions of the timeline
-  Chooser(Device& device, Tensor allowed, int context);
+  // allowed (V) U8 or empty; context: positions of the timeline; before: devices that work towards the logits, asked for failures, too
+  Chooser(Device& device, Tensor allowed, int context, std::vector<Device*> before = {});
   explicit operator bool() const { return mail_; }
 
   // A generation begins: `timeline` is what the model has seen. Waits for what was started before.
@@ -24,6 +25,7 @@ class Chooser {
 
  private:
   Device* device_ = nullptr;
+  std::vector<Device*> before_;
   Tensor allowed_;
   int context_ = 0;
   Buffer history_;  // (C + 1) I32

@@ -22,8 +22,7 @@ uint64_t HybridState::checkpoints_kept(const StateShape& shape, uint64_t checkpo
   return std::max<uint64_t>(3, std::min<uint64_t>(64, checkpoint_bytes / shape.recurrent_bytes()));
 }
 
-HybridState::HybridState(Device& device, const StateShape& shape, uint64_t checkpoint_bytes)
-    : device_(device), shape_(shape), keep_(checkpoints_kept(shape, checkpoint_bytes)) {
+HybridState::HybridState(Device& device, const StateShape& shape, uint64_t keep) : device_(device), shape_(shape), keep_(keep) {
   int64_t next[2] = {0, 0};
   for (const bool attention : shape_.attention) slots_.push_back(next[attention]++);
   recurrent_ = device_.alloc(shape_.recurrent_bytes(), "recurrent state");
@@ -143,11 +142,11 @@ std::vector<int> HybridState::checkpoints() const {
   return p;
 }
 
-uint64_t HybridState::hash(int position) const {
+uint64_t HybridState::hash(int position, uint64_t before) const {
   std::vector<uint8_t> host(recurrent_.bytes());
-  device_.download(host.data(), recurrent_.data(), host.size());
-  const uint32_t recurrent = crc32c(host);
-  uint32_t kv = static_cast<uint32_t>(position);
+  if (!host.empty()) device_.download(host.data(), recurrent_.data(), host.size());  // there may be no recurrent layer
+  const uint32_t recurrent = crc32c(host, static_cast<uint32_t>(before >> 32));
+  uint32_t kv = static_cast<uint32_t>(before);
   const int layers = static_cast<int>(shape_.attention.size());
   for (int layer = 0; layer < layers; layer++) {
     if (!shape_.attention[static_cast<size_t>(layer)]) continue;
@@ -155,7 +154,7 @@ uint64_t HybridState::hash(int position) const {
     for (const Tensor& t : cache(layer).tensors())
       for (int64_t head = 0; head < shape_.kv_heads; head++) {
         host.resize(static_cast<size_t>(valid * t.shape[2] * item_bytes(t.dtype)));
-        device_.download(host.data(), t.slice(head, 1).data, host.size());
+        if (valid) device_.download(host.data(), t.slice(head, 1).data, host.size());
         kv = crc32c(host, kv);
       }
   }

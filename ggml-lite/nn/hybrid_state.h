@@ -36,10 +36,11 @@ struct KvCache {
 
 class HybridState {
  public:
-  // checkpoint_bytes bounds the memory of checkpoints; at least three are kept. On a device with memory of its own they are
-  // allocated here, so that nothing can run out later.
+  // How many checkpoints checkpoint_bytes are enough for, at least three.
   static uint64_t checkpoints_kept(const StateShape& shape, uint64_t checkpoint_bytes);
-  HybridState(Device& device, const StateShape& shape, uint64_t checkpoint_bytes);
+  // Keeps up to `keep` checkpoints. On a device with memory of its own they are allocated here, so that nothing can run out later.
+  // Which ones are kept follows from positions alone: the states of the parts of a model, asked alike, keep the same.
+  HybridState(Device& device, const StateShape& shape, uint64_t keep);
 
   Tensor conv_ring(int layer) const;  // (slots, CH)
   Tensor delta(int layer) const;      // (GV, DK, DV)
@@ -57,7 +58,9 @@ class HybridState {
   std::vector<int> checkpoints() const;  // positions, rising
 
   const StateShape& shape() const { return shape_; }
-  uint64_t hash(int position) const;
+  // Of all that counts up to `position`; of the parts of a model, in order, that of the whole when each is given the one before.
+  uint64_t hash(int position) const { return hash(position, static_cast<uint32_t>(position)); }
+  uint64_t hash(int position, uint64_t before) const;
 
  private:
   struct Checkpoint {

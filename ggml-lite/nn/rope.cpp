@@ -3,7 +3,22 @@
 #include <algorithm>
 #include <cmath>
 
+#include "ggml-lite/core/limits.h"
+
 namespace qn {
+
+RopeScaling read_rope(const QnFile& f, int dim, int context) {
+  RopeScaling r;
+  r.dim = dim, r.original = context;
+  r.theta = f.real("rope.theta", kMinRopeTheta, kMaxRopeTheta);
+  r.factor = f.real("rope.yarn_factor", 1, kMaxYarnFactor);
+  r.attention_factor = f.real("rope.attention_factor", 1e-3, 1e3);
+  if (r.factor == 1) return r;
+  r.original = static_cast<double>(f.integer("rope.yarn_original_context", 1, kMaxYarnContext));
+  r.beta_fast = f.real("rope.yarn_beta_fast", 1e-3, 1e6), r.beta_slow = f.real("rope.yarn_beta_slow", 1e-3, 1e6);
+  r.truncate = f.integer("rope.yarn_truncate", 0, 1);
+  return r;
+}
 
 std::vector<float> rope_frequencies(const RopeScaling& r) {
   std::vector<float> out(static_cast<size_t>(r.dim / 2));

@@ -3,6 +3,8 @@
 #pragma once
 #include <vector>
 
+#include "ggml-lite/core/qn.h"  // QnFile
+
 namespace qn {
 
 struct RopeScaling {
@@ -12,7 +14,11 @@ struct RopeScaling {
   double original = 0;       // context the model was trained on; what follows is of YaRN only
   double beta_fast = 32, beta_slow = 1;  // pairs that turn so often within `original` are kept, or stretched by `factor`; between them a ramp
   bool truncate = true;      // the ends of the ramp are whole pairs
+  double attention_factor = 1;  // on cos and sin
 };
+
+// What a file says (keys "rope. ..."); context: positions the model was made for, with the scaling of the file.
+RopeScaling read_rope(const QnFile& file, int dim, int context);
 
 // (dim/2) radians per position
 std::vector<float> rope_frequencies(const RopeScaling&);

@@ -472,7 +472,7 @@ int run(Args a) {
     Options other = a.options;
     if (!a.against_act.empty()) other.act = a.against_act;
     if (!a.against_kv_type.empty()) other.kv_type = a.against_kv_type;
-    if (!a.against_device.empty()) other.device = a.against_device;
+    if (!a.against_device.empty()) other.device = a.against_device, other.split.clear();
     reference.emplace(Engine::open(a.against, other, qn::progress_bars("B")));
     if (reference->info().vocab != engine.info().vocab)
       qn::fail("%s has %d tokens, %s has %d: they cannot be compared",
