@@ -27,6 +27,8 @@
 #include "ggml-lite/core/qn.h"                // QnFile
 #include "ggml-lite/cpu/cpu.h"                // make_cpu_device
 #include "ggml-lite/nn/chooser.h"             // Chooser
+#include "ggml-lite/nn/decoder.h"             // Decoder
+#include "ggml-lite/nn/draft.h"               // parse_draft
 #include "ggml-lite/nn/gated_attention.h"     // gated_attention
 #include "ggml-lite/nn/gated_delta_net.h"     // gated_delta_net
 #include "ggml-lite/nn/hybrid_state.h"        // StateShape
@@ -35,7 +37,7 @@
 #include "ggml-lite/nn/rope.h"                // rope_frequencies
 #include "ggml-lite/nn/sparse_moe.h"          // sparse_moe
 #include "ggml-lite/ref/ref.h"                // make_ref_device
-#include "ggml-lite/text/stream.h"            // TextStream
+#include "ggml-lite/text/stream.h"            // AnswerText
 #include "ggml-lite/text/tokenizer.h"         // Tokenizer
 
 namespace qnext {
@@ -73,6 +75,8 @@ std::span<const OptionRow> options_table() {
       {"--isa", "LEVEL", "CPU kernels: auto, scalar, avx2, avx512",
        [](Options& o, const std::string& v) { o.isa = parse_choice(v, "--isa", {"auto", "scalar", "avx2", "avx512"}); }},
       {"--ram", "SIZE", "memory this process may use, e.g. 24G (GiB)", [](Options& o, const std::string& v) { o.ram = qn::parse_size(v, "--ram"); }},
+      {"--draft", "N", "guess N tokens ahead and check them in one pass: 0 to 7, or auto: as many as pay (default)", [](Options& o, const std::string& v) { o.draft = qn::parse_draft(v); }},
+      {"--no-draft", "", "guess nothing", [](Options& o, const std::string&) { o.draft = 0; }},
       {"--no-graph", "", "GPU: launch and wait for every operation by itself (to find a failing one)", [](Options& o, const std::string&) { o.graph = false; }},
       {"--verify", "", "check all checksums of the file at start (default for files under 1 GiB, and for weights on their way to a GPU)",
        [](Options& o, const std::string&) { o.verify = Verify::Yes; }},
@@ -99,12 +103,9 @@ struct Model {
   float rope_scale = 1;
 
   Tensor embed, norm, head;
-  Tensor last_embed;               // of the device that holds the last layers
   std::vector<Layer> layers;
-  struct {
-    Tensor norm_embed, norm_hidden, fc, norm;
-    Layer layer;
-  } mtp;
+  qn::MultiTokenWeights mtp;
+  Layer mtp_layer;
 
   qn::LayerDims dims() const {
     const ModelInfo& i = info;
@@ -229,12 +230,12 @@ class Binder {
   void bind() {
     const bool tied = !f_.find("head");
     device_ = parts_.front().device.get();
-    m_.embed = m_.last_embed = weight("embed", i_.vocab, i_.width, kExact);
+    m_.embed = m_.mtp.embed = weight("embed", i_.vocab, i_.width, kExact);
     device_ = parts_.back().device.get();
-    if (parts_.size() > 1 && (tied || mtp_)) m_.last_embed = weight("embed", i_.vocab, i_.width, kExact);
+    if (parts_.size() > 1 && (tied || mtp_)) m_.mtp.embed = weight("embed", i_.vocab, i_.width, kExact);
     per_token_ = tied ? f_.find("embed")->bytes : 0;  // one row of the embedding is nothing
     m_.norm = vec("norm", i_.width);
-    m_.head = tied ? m_.last_embed : weight("head", i_.vocab, i_.width, kRest);
+    m_.head = tied ? m_.mtp.embed : weight("head", i_.vocab, i_.width, kRest);
     i_.rest_format = format_of(m_.head.dtype, m_.head.group);
     for (const Part& part : parts_)
       for (int n = part.begin; n < part.end; n++) {
@@ -248,7 +249,7 @@ class Binder {
     m_.mtp.norm_embed = vec("mtp.norm_embed", i_.width);
     m_.mtp.norm_hidden = vec("mtp.norm_hidden", i_.width);
     m_.mtp.fc = weight("mtp.fc", i_.width, 2 * i_.width, kRest);
-    m_.mtp.layer = layer("mtp.layer.", true);
+    m_.mtp_layer = layer("mtp.layer.", true);
     m_.mtp.norm = vec("mtp.norm", i_.width);
   }
 
@@ -366,7 +367,7 @@ constexpr int kLogitRows = 16;                        // rows of logits computed
 constexpr uint64_t kCheckpointBytes = 1ull << 30;     // memory for checkpoints of the recurrent state
 
 // Of the layers [begin, end); behind the last layer comes the multi-token-prediction layer
-static qn::StateShape state_shape(const Model& m, int begin, int end, int ctx, DType kv_type, bool mtp) {
+static qn::StateShape state_shape(const Model& m, int begin, int end, int ctx, DType kv_type, bool mtp, int draft = 0) {
   const bool last = end == m.info.layers;
   qn::StateShape s;
   s.attention.assign(m.attention.begin() + begin, m.attention.begin() + end);
@@ -374,6 +375,7 @@ static qn::StateShape state_shape(const Model& m, int begin, int end, int ctx, D
   s.key_heads = m.info.key_heads, s.value_heads = m.info.value_heads, s.key_dim = m.info.key_dim, s.value_dim = m.info.value_dim;
   s.kv_heads = m.info.kv_heads, s.head_dim = m.info.head_dim, s.context = ctx, s.kv_type = kv_type;
   s.lagging = mtp && last;
+  s.states = draft < 0 ? qn::kMaxDraft : draft, s.conv_slots = draft ? 16 : 4;  // three that are read, and those of a pass
   s.tail = last ? m.info.width + m.info.vocab : 0;  // final norm of the last position, its logits
   return s;
 }
@@ -400,13 +402,13 @@ static Plan make_plan(const QnFile& file, const Model& m, const Options& o, DTyp
     Part& part = parts[i];
     part.begin = i ? parts[i - 1].end : 0, part.end = part.begin + split[i];
     part.first = i == 0, part.last = i + 1 == parts.size();
-    const qn::StateShape one = state_shape(m, part.begin, part.end, 1, kv_type, mtp);
+    const qn::StateShape one = state_shape(m, part.begin, part.end, 1, kv_type, mtp, o.draft);
     qn::PlanRequest r;
     r.file = file.path(), r.device = part.device->name(), r.own_memory = part.device->memory() > 0;
     r.budget = budgets[i];
     r.weights = (part.first ? bytes.front : 0) + (part.last ? bytes.back : 0);
     for (int n = part.begin; n < part.end; n++) r.weights += bytes.layers[static_cast<size_t>(n)];
-    r.state = one.recurrent_bytes() * (1 + checkpoints_kept(m, kv_type));
+    r.state = one.recurrent_bytes() * (1 + checkpoints_kept(m, kv_type)) + one.states_bytes() + (part.last ? qn::Decoder::bytes(m.info.width) : 0);
     r.per_position = one.kv_bytes();
     r.model_context = m.info.context, r.ctx = o.ctx, r.ubatch = o.ubatch;
     r.scratch = [&m, &part, kv_type](int ubatch, int ctx) {
@@ -437,6 +439,7 @@ struct Engine::Impl {
   Act act = Act::F32;
   DType kv_type = DType::BF16;
   bool mtp = false;
+  int draft = 0;
   Buffer allowed;  // (V) U8, on the last device: ids that have a token; empty without a tokenizer
   qn::LoadReport loaded;
   TraceHook hook;
@@ -471,7 +474,7 @@ Engine Engine::open(const std::string& path, const Options& options, const Progr
   e->names = device_names(options);
   e->act = parse_act(options, e->names[0].kind == "cuda");
   e->kv_type = options.kv_type == "int8" ? DType::I8 : options.kv_type == "f32" || (options.kv_type.empty() && e->act == Act::F32) ? DType::F32 : DType::BF16;
-  e->mtp = options.mtp && e->model.info.mtp;
+  e->draft = options.draft, e->mtp = (options.mtp || options.draft) && e->model.info.mtp;
   for (const qn::DeviceName& name : e->names) e->parts.emplace_back().device = make_device(name, options);
   const uint64_t ram = options.ram ? std::min(options.ram, qn::available_ram()) : qn::available_ram();
   e->plan = make_plan(e->file, e->model, options, e->kv_type, e->mtp, e->parts, qn::memory_budgets(e->devices(), e->names, ram));
@@ -527,13 +530,8 @@ double Engine::read_bandwidth() const {
   return qn::read_bandwidth(impl_->devices(), weights, spare);
 }
 MemoryUse Engine::memory_use() const {
-  MemoryUse use{};
-  for (size_t i = 0; i < impl_->parts.size(); i++) {
-    const Device& d = *impl_->parts[i].device;
-    if (std::ranges::find(impl_->names, impl_->names[i]) - impl_->names.begin() == static_cast<std::ptrdiff_t>(i))  // each card once
-      use.device_used += d.memory_used(), use.device_total += d.memory();
-  }
-  return use;
+  const auto [used, total] = qn::memory_in_use(impl_->devices(), impl_->names);
+  return {used, total};
 }
 std::string Engine::device_name() const { return impl_->parts.empty() ? "none" : impl_->plan.device; }
 bool Engine::has_tokenizer() const { return impl_->tokenizer.has_value(); }
@@ -568,7 +566,7 @@ struct Session::Stage : qn::PipelineStage {
   qn::Chooser chooser;
 
   Stage(Engine::Impl& engine, const Part& p, int t)
-      : qn::PipelineStage(*p.device, state_shape(engine.model, p.begin, p.end, engine.plan.ctx, engine.kv_type, engine.mtp),
+      : qn::PipelineStage(*p.device, state_shape(engine.model, p.begin, p.end, engine.plan.ctx, engine.kv_type, engine.mtp, engine.draft),
                           checkpoints_kept(engine.model, engine.kv_type), t),
         e(engine), m(engine.model), part(p), memory(device, scratch_floats(m, t, p.last)), scratch(m.dims(), t, memory) {
     const ModelInfo& i = m.info;
@@ -592,12 +590,13 @@ struct Session::Stage : qn::PipelineStage {
 
   qn::Rope rope() const { return {view(part.inv_freq.data(), DType::F32, m.info.rotary_dim / 2), m.rope_scale}; }
 
-  // One decoder layer on x (T, D); `index` is its place in the model.
-  void run_layer(const Layer& l, int index, const Tensor& x, const StepParams* at) {
+  // One decoder layer on x (T, D); `index` is its place in the model. keep: the states between the tokens, too.
+  void run_layer(const Layer& l, int index, const Tensor& x, const StepParams* at, bool keep = false) {
+    const int i = index - part.begin;
     if (l.attention)
-      qn::gated_attention(device, l.attn, scratch.attn, x, state.cache(index - part.begin), rope(), at, m.eps, e.act);
+      qn::gated_attention(device, l.attn, scratch.attn, x, state.cache(i), rope(), at, m.eps, e.act);
     else
-      qn::gated_delta_net(device, l.delta, scratch.delta, x, state.conv_ring(index - part.begin), state.delta(index - part.begin), at, m.eps, e.act);
+      qn::gated_delta_net(device, l.delta, scratch.delta, x, state.conv_ring(i), state.delta(i), keep ? state.states(i) : Tensor(), at, m.eps, e.act);
     qn::sparse_moe(device, l.moe, scratch.moe, x, m.eps, e.act, e.act);
     trace(index, "experts", scratch.moe.ids.slice(0, x.rows()));
   }
@@ -612,9 +611,8 @@ struct Session::Stage : qn::PipelineStage {
   float* last_hidden() const { return state.tail(); }               // (D): final norm of the last position
   float* last_logits() const { return state.tail() + m.info.width; }  // (V)
 
-  // The layers of this stage on h, where the stage before has left its result; the first begins with the embedding, the last ends with
-  // the head.
-  void layers_and_head(int n, bool all_rows) {
+  // The layers of this stage on h, where the stage before has left its result; the first begins with the embedding.
+  void layers(int n, bool keep = false) {
     const Tensor x = h.slice(0, n);
     if (part.first) {
       qn::EmbedArgs em;
@@ -623,17 +621,25 @@ struct Session::Stage : qn::PipelineStage {
       trace(-1, "embed", x);
     }
     for (int i = part.begin; i < part.end; i++) {
-      run_layer(m.layers[static_cast<size_t>(i)], i, x, &step[0]);
+      run_layer(m.layers[static_cast<size_t>(i)], i, x, &step[0], keep);
       trace(i, "layer", x);
     }
+  }
+
+  void decode(int n) {  // a pass that the decoder asks for
+    layers(n, true);
+    if (part.last) head(h.slice(0, n), m.norm, logit_rows.slice(0, n), hidden.slice(1, n));
+  }
+
+  void layers_and_head(int n, bool all_rows) {
+    layers(n);
+    const Tensor x = h.slice(0, n);
     if (!part.last) return;
     if (n > 1 && all_rows) head(x.slice(0, n - 1), m.norm, {}, hidden.slice(1, n - 1));
     head(x.slice(n - 1, 1), m.norm, view(last_logits(), DType::F32, 1, m.info.vocab),
          all_rows ? hidden.slice(n, 1) : view(last_hidden(), DType::F32, 1, m.info.width));
     if (all_rows) trace(-1, "final_norm", hidden.slice(1, n));
   }
-
-  void choose() { chooser.choose(view(last_logits(), DType::F32, 1, m.info.vocab), ids.slice(0, 1), step); }
 
   // Logits of rows of `x`, normed already when `norm` is empty, in groups small enough for the scratch.
   void head_rows(const Tensor& x, const std::function<void(int64_t row, std::span<const float>)>& row) {
@@ -655,20 +661,21 @@ struct Session::Stage : qn::PipelineStage {
     const int first = from ? 0 : 1, slots = n - first;  // token ids[first..n) meet hidden rows [first, n)
     if (slots < 1) return;
     device.copy(hidden.data, last_hidden(), static_cast<size_t>(m.info.width) * sizeof(float));
-    const Tensor em = embedded.slice(0, slots), x = h.slice(0, slots);  // the main stream is done with h
-    qn::EmbedArgs args;
-    args.ids = ids.slice(first, slots), args.table = m.last_embed, args.h = em;
-    device.embed(args);
-    qn::ConcatMatmulArgs c;
-    c.a = em, c.b = hidden.slice(first, slots), c.norm_a = m.mtp.norm_embed, c.norm_b = m.mtp.norm_hidden;
-    c.eps = m.eps, c.act = e.act, c.w = m.mtp.fc, c.y = x;
-    device.concat_matmul(c);
-    run_layer(m.mtp.layer, m.info.layers, x, &step[1]);
+    const Tensor x = h.slice(0, slots);  // the main stream is done with h
+    qn::multi_token_entry(device, m.mtp, ids.slice(first, slots), hidden.slice(first, slots), embedded.slice(0, slots), x, m.eps, e.act);
+    run_layer(m.mtp_layer, m.info.layers, x, &step[1]);
     if (!e.hook) return;
     const Tensor out = normed.slice(0, slots);
     head(x, m.mtp.norm, {}, out);
     trace(-1, "mtp_norm", out);
     head_rows(out, [&](int64_t, std::span<const float> l) { e.hook(-1, "mtp_logits", l, 1, m.info.vocab); });
+  }
+
+  void give_to(qn::DecoderModel& d) {  // what the last stage has
+    const int rows = std::min({static_cast<int>(h.rows()), kRecorded, state.shape().states + 1});
+    d.chooser = chooser ? &chooser : nullptr, d.hidden = hidden.slice(1, rows), d.logits = logit_rows, d.embedded = embedded, d.x = h;
+    d.head = m.head, d.mtp = m.mtp, d.eps = m.eps, d.act = e.act;
+    if (e.mtp) d.layer = [this](const Tensor& x, const StepParams* at) { run_layer(m.mtp_layer, m.info.layers, x, at); };
   }
 };
 
@@ -679,15 +686,20 @@ struct Session::Impl {
   std::deque<Stage> stages;        // one per device
   qn::Pipeline pipeline;           // all of them
   Stage& last;
-  qn::Chooser& chooser;
+  std::unique_ptr<qn::Decoder> decoder;
   std::vector<int32_t> tokens;     // the timeline: exactly what the state has seen
   std::vector<float> logits;       // host copy for the next token, when not stale
   bool stale = false;
   Timings timings;
 
   explicit Impl(Engine::Impl& engine)
-      : e(engine), m(engine.model), ubatch(std::min(engine.plan.ubatch, engine.plan.ctx)), last(make_stages()), chooser(last.chooser),
-        logits(static_cast<size_t>(m.info.vocab)) {}
+      : e(engine), m(engine.model), ubatch(std::min(engine.plan.ubatch, engine.plan.ctx)), last(make_stages()),
+        logits(static_cast<size_t>(m.info.vocab)) {
+    qn::DecoderModel d;
+    last.give_to(d);
+    d.pipeline = &pipeline, d.pass = [this](size_t i, int n) { stages[i].decode(n); }, d.key = kRecorded;
+    decoder = std::make_unique<qn::Decoder>(std::move(d), e.draft);
+  }
   Stage& make_stages() {
     for (const Part& p : e.parts) pipeline.add(stages.emplace_back(e, p, ubatch));
     return stages.back();
@@ -703,40 +715,21 @@ struct Session::Impl {
   void forward(int from, int n, const std::function<void(int, std::span<const float>)>* each) {
     prepare(from, n);
     const bool all_rows = e.hook || each || e.mtp;  // final norms of every row are wanted
-    pipeline.run(n, all_rows || n > kRecorded ? 0 : recording(n), [&](size_t i) { stages[i].layers_and_head(n, all_rows); });
-    if (each) all_logits(from, n, *each);
-    if (e.mtp) last.mtp(from, n);
-    if (all_rows) last.device.copy(last.last_hidden(), last.hidden.slice(n, 1).data, static_cast<size_t>(m.info.width) * sizeof(float));
-    stale = true;
-  }
-
-  // The key of the recording of a pass over n tokens; those that choose the next token and those of some operations only have others.
-  uint64_t recording(int n) const { return uint64_t{last.device.selected()} << 8 | static_cast<uint64_t>(n); }
-
-  // ---- a device that chooses tokens: one recording takes the token it chose through the model and chooses the next
-
-  void begin_choosing(const SamplerParams& p) {
-    chooser.begin({p.temperature, p.top_p, p.min_p, p.repetition_penalty, p.presence_penalty, p.frequency_penalty, p.top_k, p.penalty_window,
-                   position(), 0, p.seed}, tokens);
-    prepare(position() - 1, 1);
-    last.choose();
-  }
-
-  // Takes the token that was chosen into the timeline, and starts the choice of the next.
-  void advance(int32_t id) {
-    if (e.mtp || e.hook) {
-      take_token(id);
-      last.choose();
-      return;
-    }
-    tokens.push_back(id);
-    pipeline.hand_back();
-    pipeline.run(1, kRecorded + 1, [&](size_t i) {
-      stages[i].layers_and_head(1, false);
-      if (stages[i].part.last) last.choose();
+    const auto behind = [&] {  // the last stage's work when it has final norms
+      if (each) all_logits(from, n, *each);
+      if (e.mtp) last.mtp(from, n);
+      if (all_rows) last.device.copy(last.last_hidden(), last.hidden.slice(n, 1).data, static_cast<size_t>(m.info.width) * sizeof(float));
+    };
+    const bool record = n <= kRecorded && !e.hook && !each && (from || !e.mtp);
+    pipeline.run(n, record ? recording(n) + (e.mtp ? 64 : 0) : 0, [&](size_t i) {
+      stages[i].layers_and_head(n, all_rows);
+      if (stages[i].part.last) behind();
     });
     stale = true;
   }
+
+  // The key of the recording of a pass over n tokens; those of the decoder, with the layer behind and of some operations only have others.
+  uint64_t recording(int n) const { return uint64_t{last.device.selected()} << 8 | static_cast<uint64_t>(n); }
 
   // ---- for benchmarks
 
@@ -782,6 +775,13 @@ struct Session::Impl {
     for (OpTime& op : out)
       if (op.name == qn::name(qn::Op::Attention)) op.bytes += cache_bytes(static_cast<int>(more.size()));
     return out;
+  }
+
+  DraftCosts draft_costs() {
+    pipeline.checkpoint(position());
+    const DraftCosts c = decoder->costs(tokens, e.plan.ctx);
+    go_back(position());
+    return c;
   }
 
   uint64_t bytes_per_token() {
@@ -867,77 +867,65 @@ struct Session::Impl {
     forward(position() - 1, 1, nullptr);
   }
 
-  void decoded(double since) { timings.decode_tokens++, timings.decode_seconds += now() - since; }
-
   void step_one(int32_t id) {
     const double start = now();
     take_token(id);
     pipeline.wait();
-    decoded(start);
+    timings.decode_tokens++, timings.decode_seconds += now() - start;
   }
 
   GenerateResult generate(const GenerateParams& p, const std::function<bool(const Delivery&)>& deliver) {
     if (tokens.empty()) fail("nothing to continue: the prompt has no tokens");
-    std::vector<uint8_t> allowed;
-    if (e.tokenizer && !chooser) allowed = e.allowed_ids();
-    qn::Sampler sampler(p.sampling, std::move(allowed));
-    qn::TextStream stream(p.stop);
-    GenerateResult r{{}, {}, Finish::Length, 0};
+    qn::Sampler sampler(p.sampling, e.tokenizer && !last.chooser ? e.allowed_ids() : std::vector<uint8_t>());
+    qn::AnswerText answer(p.stop);
+    GenerateResult r{};
     const double start = now();
     const int begin = position();
-    std::vector<size_t> ends;  // bytes of text after each token
     bool go = true;
     auto give = [&](int32_t id, const std::string& text) {
       r.text += text;
       return !deliver || deliver({id, text});
     };
-    double started = 0;  // when the pass began that is still under way on a device that chooses
-    if (chooser) begin_choosing(p.sampling);
-    while (true) {
-      if (p.max_tokens >= 0 && static_cast<int>(r.ids.size()) >= p.max_tokens) break;
-      if (position() >= e.plan.ctx) {
-        r.finish = Finish::ContextFull;
-        break;
+    const SamplerParams& s = p.sampling;
+    const qn::SampleParams on_device{s.temperature, s.top_p, s.min_p, s.repetition_penalty, s.presence_penalty, s.frequency_penalty, s.top_k, s.penalty_window, begin, 0, s.seed};
+    const int64_t end = p.max_tokens < 0 ? e.plan.ctx : std::min<int64_t>(e.plan.ctx, int64_t{begin} + p.max_tokens);
+    const qn::DecoderScope whole(*decoder);
+    stale = true;
+    decoder->begin(tokens, static_cast<int>(end), on_device, [&](std::span<const float> l, std::span<const int32_t> all, uint64_t at) {
+      return sampler.next(l, all, all.size() - static_cast<size_t>(begin), at);
+    }, static_cast<bool>(e.hook));
+    const auto until = [&]() -> Finish {
+      while (true) {
+        if (p.max_tokens >= 0 && static_cast<int>(r.ids.size()) >= p.max_tokens) return Finish::Length;
+        if (position() >= e.plan.ctx) return Finish::ContextFull;
+        if (!go || (p.interrupt && *p.interrupt)) return Finish::Interrupted;
+        const int32_t id = decoder->next();
+        if (p.stop_at_end_tokens && std::ranges::find(m.info.end_tokens, id) != m.info.end_tokens.end()) return Finish::EndToken;
+        const std::string text = answer.add(e.tokenizer && !e.tokenizer->special(id) ? e.tokenizer->bytes(id) : std::string_view());
+        if (answer.stopped()) {
+          if (!text.empty()) give(-1, text);
+          return Finish::StopString;
+        }
+        if (answer.opened()) decoder->checkpoint();  // where a roll-back would go
+        r.ids.push_back(id), answer.keep();
+        if (last.chooser) decoder->take(id);  // the GPU computes while the text is shown
+        go = give(id, text);
+        if (!last.chooser) decoder->take(id);
       }
-      if (!go || (p.interrupt && *p.interrupt)) {
-        r.finish = Finish::Interrupted;
-        break;
-      }
-      const int32_t id = chooser ? chooser.wait(position()) : sampler.next(host_logits(), tokens, r.ids.size(), static_cast<uint64_t>(position()));
-      if (started > 0) decoded(std::exchange(started, 0));
-      if (p.stop_at_end_tokens && std::ranges::find(m.info.end_tokens, id) != m.info.end_tokens.end()) {
-        r.finish = Finish::EndToken;
-        break;
-      }
-      const bool had_all = stream.taken() == stream.given();
-      std::string bytes;
-      if (e.tokenizer && !e.tokenizer->special(id)) bytes = e.tokenizer->bytes(id);
-      const std::string text = stream.add(bytes);
-      if (stream.stopped()) {
-        r.finish = Finish::StopString;
-        if (!text.empty()) give(-1, text);
-        break;
-      }
-      // If this token opens what may become a stop string, the state before it is where a roll-back would go.
-      if (!p.stop.empty() && had_all && stream.taken() != stream.given()) pipeline.checkpoint(position(), true);
-      r.ids.push_back(id);
-      ends.push_back(stream.taken());
-      if (chooser) started = now(), advance(id);  // the GPU computes while the text is shown
-      go = give(id, text);
-      if (!chooser) step_one(id);
-    }
-    if (started > 0) pipeline.wait(), decoded(started);  // as many passes as tokens are in the time of both
+    };
+    r.finish = until();
+    decoder->finish(), stale = true;
+    const qn::DecoderStats& d = decoder->stats();
+    timings.decode_tokens += d.tokens, timings.decode_seconds += d.seconds;
+    r.drafted = d.drafted, r.accepted = d.accepted, r.plain_seconds = d.plain_seconds;
     if (r.finish == Finish::StopString) {
-      // Keep the tokens whose text was delivered whole; at a boundary also those without any text that follow.
-      size_t keep = 0;
-      while (keep < ends.size() && ends[keep] <= stream.given()) keep++;
-      if (keep < r.ids.size()) {
+      if (const size_t keep = answer.delivered(); keep < r.ids.size()) {
         r.ids.resize(keep);
         const std::vector<int32_t> want(tokens.begin(), tokens.begin() + begin + static_cast<std::ptrdiff_t>(keep));
         go_back(static_cast<int>(want.size()));
         if (position() < static_cast<int>(want.size())) replay(want);
       }
-    } else if (const std::string rest = stream.finish(); !rest.empty()) {
+    } else if (const std::string rest = answer.finish(); !rest.empty()) {
       give(-1, rest);
     }
     r.seconds = now() - start;
@@ -989,6 +977,8 @@ void Session::pretend(int position, uint64_t seed) { impl_->pretend(position, se
 std::vector<OpTime> Session::profile(std::span<const int32_t> tokens) { return impl_->profile(tokens); }
 PassTime Session::pass(std::span<const int32_t> tokens) { return impl_->pass(tokens); }
 uint64_t Session::bytes_per_token() const { return impl_->bytes_per_token(); }
+DraftCosts Session::draft_costs() { return impl_->draft_costs(); }
+void Session::speculate(int draft, double acceptance) { impl_->decoder->set_draft(draft), impl_->decoder->simulate(acceptance); }
 uint64_t Session::state_hash() const { return impl_->pipeline.hash(impl_->position()); }
 
 }  // namespace qnext

@@ -26,6 +26,7 @@
 
 namespace qnext {
 
+using qn::DraftCosts;
 using qn::Error;
 using qn::Message;
 using qn::OpTime;
@@ -49,7 +50,8 @@ struct Options {
   uint64_t ram = 0;                 // bytes this process may use; 0: what the system allows
   Verify verify = Verify::Auto;
   bool graph = true;                // GPU: decode is one recording, replayed
-  bool mtp = false;                 // run the multi-token-prediction layer along if the file has one (needed for its logits)
+  int draft = -1;                   // tokens guessed ahead of each pass: 0 to 7; -1: as many as pay. The text is the same
+  bool mtp = false;                 // run the multi-token-prediction layer along, if the file has one, also without guessing (for its logits)
 };
 
 // One row per option, so that every program offers the same ones: for each row the program adds a flag "--name VALUE".
@@ -174,6 +176,8 @@ struct GenerateResult {
   std::string text;                    // what was delivered
   Finish finish;
   double seconds = 0;
+  uint64_t drafted = 0, accepted = 0;  // tokens guessed ahead, and those of them that were right
+  double plain_seconds = 0;            // what a pass over one token takes here, as measured; 0: not known
 };
 
 struct Timings {  // of passes that have ended; in a generation on a GPU from a token's start until the next one is chosen
@@ -217,6 +221,10 @@ class Session {
   PassTime pass(std::span<const int32_t> tokens);
   std::vector<OpTime> profile(std::span<const int32_t> tokens);
   uint64_t bytes_per_token() const;  // that decoding a token here has to move
+  // From now on generations guess as Options::draft says, if the engine was opened to; acceptance >= 0: each guess is right by lottery, and
+  // what comes out is no text.
+  void speculate(int draft, double acceptance = -1);
+  DraftCosts draft_costs();  // here; the session is afterwards where it was
 
  private:
   struct Stage;

@@ -78,8 +78,9 @@ __global__ void __launch_bounds__(kThreads, 1) delta_net_few_k(const Delta a) {
   const int64_t q0 = static_cast<int64_t>(key) * dk, k0 = q0 + static_cast<int64_t>(a.gk) * dk;
   const int64_t v0 = 2ll * a.gk * dk + head * a.dv + column;
   float* const o = a.o + head * a.dv + column + my_column;
-  float* const s_at = a.state + static_cast<int64_t>(head) * dk * a.dv + column + warp * 8 + lane / 16 * 4;
-  auto s_row = [&](int i) { return reinterpret_cast<float4*>(s_at + static_cast<int64_t>(16 * i + low) * a.dv); };
+  const int64_t my_s = static_cast<int64_t>(head) * dk * a.dv + column + warp * 8 + lane / 16 * 4, all_s = static_cast<int64_t>(a.gv) * dk * a.dv;
+  auto row_of = [&](float* s, int i) { return reinterpret_cast<float4*>(s + my_s + static_cast<int64_t>(16 * i + low) * a.dv); };
+  auto s_row = [&](int i) { return row_of(a.state, i); };
 
   float4 w[3] = {};
   if constexpr (Rows > 0) {
@@ -97,6 +98,8 @@ __global__ void __launch_bounds__(kThreads, 1) delta_net_few_k(const Delta a) {
   wait_for_previous();
 
   const int pos = a.step->pos;
+  // What S begins with. A block reads its columns there before it writes any, and no other block touches them.
+  float* const begin = a.states && a.step->from > 0 ? a.states + (a.step->from - 1) * all_s : a.state;
   float4 s[Rows > 0 ? Rows : 1];
   for (int first = 0; first < (Rows > 0 ? 1 : a.tokens); first += Tokens) {
     const int my_token = first + kThreads - 1 - tid;  // the last threads have a token's gates
@@ -113,7 +116,7 @@ __global__ void __launch_bounds__(kThreads, 1) delta_net_few_k(const Delta a) {
       in.load(a, channel, pos, first);
       if constexpr (Rows > 0) {  // loads are served in the order of asking, and these come from DRAM
 #pragma unroll
-        for (int i = 0; i < Rows; i++) s[i] = *s_row(i);
+        for (int i = 0; i < Rows; i++) s[i] = *row_of(begin, i);
       }
       let_next_start();  // whose weights would have come in the way of these
       if (d == tid && has_gate) gate[kThreads - 1 - tid] = gates(b, decay, neg_a, dt_bias);
@@ -156,7 +159,7 @@ __global__ void __launch_bounds__(kThreads, 1) delta_net_few_k(const Delta a) {
 #pragma unroll
       for (int i = 0; i < (Rows > 0 ? Rows : dk / 16); i++) {
         const float2 x = kq_t[16 * i];
-        const float4 m = Rows > 0 ? s[Rows > 0 ? i : 0] : *s_row(i);
+        const float4 m = Rows > 0 ? s[Rows > 0 ? i : 0] : *row_of(first + t == 0 ? begin : a.state, i);
         pr[0] = fmaf(m.x, x.x, pr[0]), pr[1] = fmaf(m.y, x.x, pr[1]), pr[2] = fmaf(m.z, x.x, pr[2]), pr[3] = fmaf(m.w, x.x, pr[3]);
         pr[4] = fmaf(m.x, x.y, pr[4]), pr[5] = fmaf(m.y, x.y, pr[5]), pr[6] = fmaf(m.z, x.y, pr[6]), pr[7] = fmaf(m.w, x.y, pr[7]);
       }
@@ -171,8 +174,11 @@ __global__ void __launch_bounds__(kThreads, 1) delta_net_few_k(const Delta a) {
 #pragma unroll
       for (int i = 0; i < (Rows > 0 ? Rows : dk / 16); i++) {
         const float k = kq_t[16 * i].x;
-        float4& m = Rows > 0 ? s[Rows > 0 ? i : 0] : *s_row(i);
-        m = make_float4(fmaf(k, u0, alpha * m.x), fmaf(k, u1, alpha * m.y), fmaf(k, u2, alpha * m.z), fmaf(k, u3, alpha * m.w));
+        const float4 m = Rows > 0 ? s[Rows > 0 ? i : 0] : *row_of(first + t == 0 ? begin : a.state, i);
+        const float4 next = make_float4(fmaf(k, u0, alpha * m.x), fmaf(k, u1, alpha * m.y), fmaf(k, u2, alpha * m.z), fmaf(k, u3, alpha * m.w));
+        if constexpr (Rows > 0) s[i] = next;
+        else *s_row(i) = next;
+        if (Tokens > 1 && a.states && first + t + 1 < a.tokens) *row_of(a.states + (first + t) * all_s, i) = next;
       }
     }
     if constexpr (Rows == 0) __syncthreads();  // before the next tokens' q and k
@@ -460,12 +466,12 @@ void delta_net(const Context& c, const DeltaNetArgs& args) {
   a.qkv = args.qkv.f32(), a.qkv_stride = args.qkv.row_stride, a.ba = args.ba.f32();
   a.conv = args.conv.data, a.conv_bf16 = args.conv.dtype == DType::BF16;
   a.neg_a = args.neg_a.f32(), a.dt_bias = args.dt_bias.f32();
-  a.ring = args.conv_ring.f32(), a.state = args.state.f32(), a.o = args.o.f32(), a.step = args.step;
+  a.ring = args.conv_ring.f32(), a.state = args.state.f32(), a.states = args.states.f32(), a.o = args.o.f32(), a.step = args.step;
   a.tokens = static_cast<int>(args.qkv.rows()), a.slots = static_cast<int>(args.conv_ring.rows());
   a.gk = args.key_heads, a.gv = args.value_heads;
   a.dk = static_cast<int>(args.state.shape[1]), a.dv = static_cast<int>(args.state.shape[2]);
-  for (const void* p : {a.conv, static_cast<const void*>(a.state), static_cast<const void*>(a.o)})
-    QN_CHECK(reinterpret_cast<uintptr_t>(p) % 16 == 0, "delta_net: conv, state and o must be aligned to 16 bytes, got %p", p);
+  for (const void* p : {a.conv, static_cast<const void*>(a.state), static_cast<const void*>(a.states), static_cast<const void*>(a.o)})
+    QN_CHECK(reinterpret_cast<uintptr_t>(p) % 16 == 0, "delta_net: conv, state, states and o must be aligned to 16 bytes, got %p", p);
 
   const auto columns = static_cast<unsigned>(a.dv / kColumns), heads = static_cast<unsigned>(a.gv), keys = static_cast<unsigned>(a.gk);
   const bool fast = a.dk == kDim, many = fast && a.tokens > kFewTokens;

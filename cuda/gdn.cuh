@@ -14,6 +14,7 @@ struct Delta {
   const float *neg_a, *dt_bias;  // (GV)
   float* ring;   // (slots, CH)
   float* state;  // (GV, DK, DV)
+  float* states; // (slots, GV, DK, DV) or null: see DeltaNetArgs
   float* o;      // (T, GV*DV)
   const StepParams* step;
   int tokens, slots, gk, gv, dk, dv;

@@ -1,8 +1,9 @@
-// One token from the logits, as text/sampler.h defines it: penalties, temperature, top-k, top-p, min-p, inverse CDF.
+// Tokens from logits, as text/sampler.h defines it: penalties, temperature, top-k, top-p, min-p, inverse CDF.
 //
-// One kernel. A block takes a slice of 2048 ids and makes a key of each, (inverted logit << 32 | id): keys ascending are logits
+// One kernel. Rows of logits are chosen from side by side, each with the drafts of the rows before it in its history; the last row to end
+// finds out how many of them count. In a row: A block takes a slice of 2048 ids and makes a key of each, (inverted logit << 32 | id): keys ascending are logits
 // falling and, among equals, ids rising, so the order of the definition is the order of the keys, and no two are equal. The last
-// block to end has the results of all others and chooses. What is done between depends on the parameters, which are in device
+// block of the row to end has the results of all others and chooses. What is done between depends on the parameters, which are in device
 // memory, so one recorded launch serves all:
 //
 //                          a block leaves                             the last block
@@ -24,9 +25,10 @@ constexpr int kTop = 64;              // largest top_k that is sorted out
 constexpr int kOwn = 2;               // slices per thread of the last block, at most
 constexpr uint64_t kNone = ~0ull;     // no candidate; behind every key
 constexpr uint32_t kAll = 0xffffffffu;
+constexpr int kRows = kFewTokens;
 
 struct Input {
-  const float* logits;     // (V)
+  const float* logits;     // (T, V)
   const uint8_t* allowed;  // (V) or null
   int64_t vocab;
   int32_t* history;        // (C)
@@ -34,14 +36,19 @@ struct Input {
   int32_t* ids;            // (1)
   const SampleParams* params;
   StepParams* step;
-  Mail* mail;
+  Mail* mail;              // or null
+  int32_t ahead;
 };
 
-// Between the blocks and the last of them
+// Between the blocks of a row and the last of them
 struct Room {
   uint64_t* keys;   // (slices, kSlice)
   double* sums;     // (slices, kSlice): weights relative to the first key of the slice, up to and with this key
   int32_t* counts;  // (slices): keys that are candidates
+  uint64_t* chosen; // (T), of all rows: the keys they choose
+  __device__ Room of_row(int64_t row, int64_t slices) const {
+    return {keys + row * slices * kSlice, sums + row * slices * kSlice, counts + row * slices, chosen};
+  }
 };
 
 struct Shared {
@@ -128,12 +135,12 @@ __device__ void sort_keys(Shared& s) {
   __syncthreads();
 }
 
-// Whether all other blocks have left their results, which then are visible.
-__device__ bool last_block(uint32_t* counter, Shared& s) {
+// Whether all other of `blocks` blocks have left their results, which then are visible.
+__device__ bool last_block(uint32_t* counter, unsigned blocks, Shared& s) {
   __syncthreads();
   if (threadIdx.x == 0) {
     __threadfence();
-    s.last = atomicAdd(counter, 1u) == gridDim.x - 1;
+    s.last = atomicAdd(counter, 1u) == blocks - 1;
     if (s.last) *counter = 0;
     __threadfence();
   }
@@ -367,22 +374,38 @@ __device__ uint64_t choose_of_all(const Room& room, const SampleParams& params, 
 
 // ---- all of it --------------------------------------------------------------------------------------------------------------
 
-// One thread. The message goes last: the host that sees it may rely on everything else.
-__device__ void finish(const Input& in, uint64_t key, int64_t p) {
-  const int32_t id = key == kNone ? 0 : static_cast<int32_t>(key);
+// One thread, when all rows have chosen; `first` is the position of the first. The message that the host waits for goes last: when it is
+// there, it may rely on everything else.
+__device__ void finish(const Input& in, const uint64_t* left, int rows, int64_t first) {
+  uint64_t chosen[kRows];
+#pragma unroll
+  for (int i = 0; i < kRows; i++) chosen[i] = i < rows ? __ldcg(left + i) : kNone;  // by other blocks
+  int more = 0;
+  while (more + 1 < rows && first + more < in.context && chosen[more] != kNone && static_cast<int32_t>(chosen[more]) == in.history[first + more]) more++;
+  const int64_t p = first + more;
+  const int32_t id = chosen[more] == kNone ? 0 : static_cast<int32_t>(chosen[more]);
   in.ids[0] = id;
   if (p < in.context) in.history[p] = id;
-  in.step->pos = static_cast<int32_t>(p), in.step->n_tok = 1;
-  __threadfence_system();
-  *const_cast<volatile uint64_t*>(&in.mail->slot[p % kMailSlots]) = static_cast<uint64_t>(p) << 32 | static_cast<uint32_t>(key);
+  *in.step = {static_cast<int32_t>(p) - in.ahead, 1, more + 1 < rows ? more + 1 : 0};
+  if (!in.mail) return;
+  for (int i = more; i >= 0; i--) {
+    if (i == more || i == 0) __threadfence_system();
+    const uint32_t text = chosen[i] == kNone ? kAll : static_cast<uint32_t>(more - i) << kMailIdBits | static_cast<uint32_t>(chosen[i]);
+    *const_cast<volatile uint64_t*>(&in.mail->slot[(first + i) % kMailSlots]) = static_cast<uint64_t>(first + i) << 32 | text;
+  }
 }
 
-__global__ void __launch_bounds__(kThreads) sample_k(Input in, Room room, uint32_t* counter) {
+// Grid: slices x T
+__global__ void __launch_bounds__(kThreads) sample_k(Input in, const Room all, uint32_t* counters) {
   __shared__ Shared s;
   let_next_start();
   wait_for_previous();
   const SampleParams params = *in.params;
-  const int64_t p = static_cast<int64_t>(in.step->pos) + in.step->n_tok, base = static_cast<int64_t>(blockIdx.x) * kSlice;
+  const int row = static_cast<int>(blockIdx.y), rows = static_cast<int>(gridDim.y);
+  const int64_t first = static_cast<int64_t>(in.step->pos) + in.step->n_tok + in.ahead - (rows - 1), p = first + row;
+  const int64_t base = static_cast<int64_t>(blockIdx.x) * kSlice;
+  const Room room = all.of_row(row, gridDim.x);
+  in.logits += row * in.vocab;
   const bool greedy = params.temperature == 0, top = !greedy && params.top_k > 0 && params.top_k <= kTop;
   const int tid = static_cast<int>(threadIdx.x);
 
@@ -395,7 +418,7 @@ __global__ void __launch_bounds__(kThreads) sample_k(Input in, Room room, uint32
     if (!top) leave_all(room, params.temperature, s);
     else if (tid < params.top_k) room.keys[base + tid] = s.keys[tid];
   }
-  if (!last_block(counter, s)) return;
+  if (!last_block(counters + row, gridDim.x, s)) return;
 
   uint64_t key = kNone;
   if (greedy) {
@@ -406,15 +429,17 @@ __global__ void __launch_bounds__(kThreads) sample_k(Input in, Room room, uint32
   } else {
     key = choose_of_all(room, params, p, s);
   }
-  if (tid == 0) finish(in, key, p);
+  if (tid == 0) all.chosen[row] = key;
+  if (rows > 1 && !last_block(counters + kRows, gridDim.y, s)) return;
+  if (tid == 0) finish(in, all.chosen, rows, first);
 }
 
 int64_t slices(int64_t vocab) { return (vocab + kSlice - 1) / kSlice; }
 
-Room take_room(Scratch& s, int64_t vocab) {
-  const int64_t n = slices(vocab);
+Room take_room(Scratch& s, int64_t vocab, int64_t rows) {
+  const int64_t n = rows * slices(vocab);
   Room r{};
-  r.keys = s.take<uint64_t>(n * kSlice), r.sums = s.take<double>(n * kSlice), r.counts = s.take<int32_t>(n);
+  r.keys = s.take<uint64_t>(n * kSlice), r.sums = s.take<double>(n * kSlice), r.counts = s.take<int32_t>(n), r.chosen = s.take<uint64_t>(kRows);
   return r;
 }
 
@@ -424,14 +449,15 @@ void sample(const Context& c, const SampleArgs& a) {
   const int64_t vocab = a.logits.cols();
   QN_CHECK(vocab > 0 && slices(vocab) <= kOwn * kThreads, "sample: %lld logits, at most %d", static_cast<long long>(vocab), kOwn * kThreads * kSlice);
   Scratch s(c);
-  const Room room = take_room(s, vocab);
-  const Input in{a.logits.f32(), static_cast<const uint8_t*>(a.allowed.data), vocab, a.history.i32(), a.history.rows(), a.ids.i32(), a.params, a.step, a.mail};
-  launch(c, "sample", sample_k, dim3(static_cast<unsigned>(slices(vocab))), dim3(kThreads), 0, in, room, c.counters);
+  const Room room = take_room(s, vocab, a.logits.rows());
+  const Input in{a.logits.f32(), static_cast<const uint8_t*>(a.allowed.data), vocab, a.history.i32(), a.history.rows(), a.ids.i32(), a.params, a.step, a.mail, a.ahead};
+  const dim3 grid(static_cast<unsigned>(slices(vocab)), static_cast<unsigned>(a.logits.rows()));
+  launch(c, "sample", sample_k, grid, dim3(kThreads), 0, in, room, c.counters);
 }
 
 size_t sample_scratch(int64_t vocab) {
   Scratch s;
-  take_room(s, vocab);
+  take_room(s, vocab, kRows);
   return s.used();
 }
 

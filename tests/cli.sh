@@ -46,6 +46,8 @@ refused 2 "top-p.*7" "$cli" -m "$m" -p x --top-p 7
 refused 2 "seed" "$cli" -m "$m" -p x --seed -1
 refused 2 "tokens" "$cli" -m "$m" -p x -n -5
 refused 2 "threads.*0" "$cli" -m "$m" -p x --threads 0
+refused 2 "draft.*8" "$cli" -m "$m" -p x --draft 8
+refused 2 "draft.*fast" "$cli" -m "$m" -p x --draft fast
 refused 2 "ram.*24X" "$cli" -m "$m" -p x --ram 24X
 refused 2 "act.*f64" "$cli" -m "$m" -p x --act f64
 refused 1 "none.qn" "$cli" -m "$tmp/none.qn" -p x
@@ -86,6 +88,11 @@ same "exit code of qnext-bench ($(cat "$tmp/err"))" 0 $code
 has "bench" '"test":"tg4 @ d64"' "$tmp/json"
 has "bench --verify: one token, for the ratios" '"test":"verify1 @ d64".*"time_ratio":1.0,"bytes_ratio":1.0,' "$tmp/json"
 has "bench --verify" '"test":"verify4 @ d64".*"time_ratio":[0-9].*"bytes_ratio":[1-3][.]' "$tmp/json"  # 4 tokens share weights
+"$bin/qnext-bench" -m "$m" --device cpu -p 0 -n 24 -r 1 --draft 2 --simulate-acceptance 0.8 -o jsonl >"$tmp/json" 2>"$tmp/err"
+same "exit code of --simulate-acceptance ($(cat "$tmp/err"))" 0 $?
+has "bench --simulate-acceptance" '"test":"draft 2, 0.8 right".*"tokens_per_step":[12][.].*"speed_up":[0-9]' "$tmp/json"
+has "bench --simulate-acceptance: costs" '"kind":"cost","test":"next guess"' "$tmp/json"
+refused 2 "acceptance.*1.5" "$bin/qnext-bench" -m "$m" --simulate-acceptance 1.5
 refused 2 "plot" "$bin/qnext-bench" -m "$m" -p 0 -n 0 --verify 2 --plot "$tmp/x.png"
 "$bin/qnext-bench" -m "$m" -m "$tmp/none.qn" --device cpu -p 8 -n 0 -r 1 --passes 2 -o json >"$tmp/json" 2>"$tmp/err"
 same "exit code of qnext-bench when a later model fails" 1 $?
@@ -140,6 +147,15 @@ word=$(echo "$answer" | cut -d ' ' -f 3)
 same "--stop" "${answer%%"$word"*}" "$(say -p "$question" --stop nowhere --stop "$word")"
 say -p "$question" --stop "$word" --json >"$tmp/json"
 has "--stop" '"finish":"stop"' "$tmp/json"
+
+# guesses change nothing but the time
+same "--no-draft" "$answer" "$(say -p "$question" --no-draft)"
+story=$(say -p "Tell me a story." -n 60 --draft 3 -v)
+same "--draft 3 and none" "$story" "$(say -p "Tell me a story." -n 60 --draft 0)"
+say -p "Tell me a story." -n 60 --draft 3 -v >/dev/null
+has "-v with guesses" "; accepted [1-9][0-9]*/[1-9][0-9]* drafts, [0-9.]* x the plain speed" "$tmp/err"
+say -p "Tell me a story." -n 60 --draft 3 --json >"$tmp/json"
+has "--json with guesses" '"drafted_tokens":[1-9].*"accepted_tokens":[1-9].*"plain_step_seconds":[0-9]' "$tmp/json"
 
 # seeds
 draw() { "$cli" -m "$m" -p "Tell me a story." -n 24 --temp 1.2 --top-p 1 --top-k 0 --seed "$1" </dev/null; }

@@ -50,7 +50,7 @@ SampleParams on_device(const SamplerParams& p, int answer) {
 class Choice {
  public:
   Choice(Device& d, int vocab, int context, bool masks)
-      : device_(d), vocab_(vocab), context_(context), logits_(d.alloc(static_cast<size_t>(vocab) * 4, "logits")),
+      : device_(d), vocab_(vocab), context_(context), logits_(d.alloc(static_cast<size_t>(vocab) * 4 * 8, "logits")),
         allowed_(d.alloc(static_cast<size_t>(vocab), "allowed")), history_(d.alloc(static_cast<size_t>(context + 1) * 4, "history")),
         ids_(d.alloc(8, "ids")), params_(d.alloc(sizeof(SampleParams), "params")), step_(d.alloc(sizeof(StepParams), "step")), mail_(d.alloc_mail()) {
     args_.logits = view(logits_.data(), DType::F32, 1, vocab);
@@ -66,16 +66,41 @@ class Choice {
     device_.upload(params_.data(), &d, sizeof d);
   }
   // The model has seen `tokens`, the last n of them in the last call.
-  void seen(const Ids& tokens, int n) {
+  void seen(const Ids& tokens, int n, const Ids& drafts = {}) {
     Ids h(static_cast<size_t>(context_ + 1), kGuard);
     std::copy_n(tokens.begin(), std::min<size_t>(tokens.size(), static_cast<size_t>(context_)), h.begin());
+    std::copy(drafts.begin(), drafts.end(), h.begin() + static_cast<std::ptrdiff_t>(tokens.size()));
     device_.upload(history_.data(), h.data(), h.size() * 4);
-    const StepParams s{static_cast<int32_t>(tokens.size()) - n, n};
+    const StepParams s{static_cast<int32_t>(tokens.size()) - n, n + static_cast<int32_t>(drafts.size())};
     device_.upload(step_.data(), &s, sizeof s);
     const int32_t guards[2] = {kGuard, kGuard};
     device_.upload(ids_.data(), guards, 8);
   }
-  void run() { device_.sample(args_); }
+  void run(int rows = 1) {
+    args_.logits = view(logits_.data(), DType::F32, rows, vocab_);
+    device_.sample(args_);
+  }
+  // Tokens by mail from position p on, as many as the first says; what the next step reads is checked, for a call of `rows`.
+  Ids all_chosen(int p, int rows) {
+    device_.sync();
+    Ids out;
+    for (uint32_t i = 0, more = 0; i <= more; i++) {
+      const uint64_t message = mail_->slot[(p + static_cast<int>(i)) % kMailSlots];
+      CHECK((message >> 32) == static_cast<uint64_t>(p) + i);
+      const auto text = static_cast<uint32_t>(message);
+      if (i == 0) more = text == UINT32_MAX ? 0 : text >> kMailIdBits;
+      else if (text != UINT32_MAX) CHECK((text >> kMailIdBits) == more - i);
+      out.push_back(text == UINT32_MAX ? -1 : static_cast<int32_t>(text & ((1u << kMailIdBits) - 1)));
+    }
+    const int end = p + static_cast<int>(out.size()) - 1, kept = static_cast<int>(out.size());
+    StepParams s;
+    device_.download(&s, step_.data(), sizeof s);
+    CHECK((s.pos == end && s.n_tok == 1 && s.from == (kept < rows ? kept : 0)));
+    Ids h(static_cast<size_t>(context_ + 1));
+    device_.download(h.data(), history_.data(), h.size() * 4);
+    CHECK(h[static_cast<size_t>(end)] == std::max(out.back(), 0));
+    return out;
+  }
   // The id of position p by mail; what else was to be written is checked. -1: none could be chosen.
   int32_t chosen(int p) {
     device_.sync();
@@ -179,6 +204,42 @@ TEST_CASE("CUDA: the token chosen is the one the CPU chooses") {
   compare_with_cpu(1000, 600, 2);
   compare_with_cpu(2049, 200, 3);  // a slice with a single id
   compare_with_cpu(151936, 130, 4);
+}
+
+TEST_CASE("CUDA: of several rows, the tokens that the CPU chooses one after the other while they are the drafts") {
+  if (no_gpu()) return;
+  for (const int vocab : {50, 5000}) {
+    const auto device = make_device(vocab);
+    Random r(31);
+    Choice c(*device, vocab, 200, false);
+    int ends[9] = {};
+    for (int round = 0; round < 300; round++) {
+      const int rows = 1 + below(r, 8);
+      const SamplerParams p = some_params(r, round * 37 % 128, vocab);
+      Floats logits;
+      for (int i = 0; i < rows; i++) {
+        const Floats row = some_logits(r, vocab, (round + i) % 6);
+        logits.insert(logits.end(), row.begin(), row.end());
+      }
+      if (round % 29 == 0 && rows > 1) std::fill(logits.begin() + vocab, logits.begin() + 2 * vocab, NAN);  // nothing to choose in the second
+      Ids history(static_cast<size_t>(1 + below(r, 150)));
+      for (auto& id : history) id = below(r, vocab);
+      const int n = static_cast<int>(history.size()), answer = below(r, n + 1), wrong = below(r, 2 * rows);  // the draft that is not what is chosen
+      Sampler sampler(p, {});
+      Ids drafts, want, seen = history;
+      for (int i = 0; i < rows; i++) {
+        const bool possible = round % 29 || i != 1;
+        const auto row = std::span(logits).subspan(static_cast<size_t>(i) * static_cast<size_t>(vocab), static_cast<size_t>(vocab));
+        const int32_t id = possible ? sampler.next(row, seen, static_cast<size_t>(answer + i), static_cast<uint64_t>(n + i)) : -1;
+        if (static_cast<int>(want.size()) == i && (i == 0 || drafts.back() == want.back())) want.push_back(id);
+        if (i + 1 < rows) drafts.push_back(possible && i != wrong ? id : (id + 1) % vocab), seen.push_back(drafts.back());
+      }
+      c.logits(logits), c.params(p, n - answer), c.seen(history, 1, drafts), c.run(rows);
+      CHECK(c.all_chosen(n, rows) == want);
+      ends[want.size()]++;
+    }
+    for (int i = 1; i <= 8; i++) CHECK(ends[i] > 0);
+  }
 }
 
 TEST_CASE("CUDA: one recorded choice serves all parameters, and positions follow each other") {

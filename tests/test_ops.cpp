@@ -111,8 +111,8 @@ class Bench {
     outs_.push_back({{name, inout ? start : Floats(), {}, std::max<int64_t>(t.row_stride, 1)}, t, bytes.size()});
     return t;
   }
-  const StepParams* step(int pos, int n) {
-    const StepParams p{pos, n};
+  const StepParams* step(int pos, int n, int from = 0) {
+    const StepParams p{pos, n, from};
     return static_cast<const StepParams*>(put(&p, sizeof p, DType::U8, sizeof p, 0, 0).data);
   }
 
@@ -242,9 +242,10 @@ void norm_matmul_case(std::vector<Case>& out, Format f, Act act, int64_t t, int6
 }
 
 void delta_case(std::vector<Case>& out, int pos, int64_t t, int gk, int gv, int64_t dk, int64_t dv, DType conv, int64_t slots = 4,
-                Act act = Act::F32) {
-  out.push_back({label("delta_net", {conv, 0}, act, {{"pos", pos}, {"T", t}, {"GK", gk}, {"GV", gv}, {"DK", dk}, {"DV", dv}, {"slots", slots}}), act,
-                 [=](Device& d, Bench& b) {
+                Act act = Act::F32, int64_t states = 0, int from = 0) {
+  out.push_back({label("delta_net", {conv, 0}, act, {{"pos", pos}, {"T", t}, {"GK", gk}, {"GV", gv}, {"DK", dk}, {"DV", dv}, {"slots", slots}}) +
+                     (states ? " states=" + std::to_string(states) + " from=" + std::to_string(from) : ""),
+                 act, [=](Device& d, Bench& b) {
                    const int64_t ch = 2 * gk * dk + gv * dv;
                    DeltaNetArgs a;
                    a.qkv = b.slice_in(b.normals(t * ch, 1), t, ch, 0, ch + 32);
@@ -261,7 +262,8 @@ void delta_case(std::vector<Case>& out, int pos, int64_t t, int gk, int gv, int6
                    a.conv_ring = b.out("ring", slots, ch, 0, ring);
                    a.state = b.out("state", gv, dk, dv, state);
                    a.o = b.out("o", t, gv * dv);
-                   a.key_heads = gk, a.value_heads = gv, a.act = act, a.step = b.step(pos, static_cast<int>(t));
+                   if (states) a.states = view(b.out("states", states * gv, dk, dv, b.normals(states * gv * dk * dv, 0.1f)).data, DType::F32, states, gv, dk, dv);
+                   a.key_heads = gk, a.value_heads = gv, a.act = act, a.step = b.step(pos, static_cast<int>(t), from);
                    d.delta_net(a);
                  }, false, act != Act::F32});
 }
@@ -390,6 +392,9 @@ std::vector<Case> table() {
     for (int64_t t : {1, 2, 3, 4, 5, 8, 63, 64, 65, 127}) delta_case(c, 0, t, 2, 4, 128, 128, conv);
     for (int pos : {1, 2, 3, 4, 61, 64}) delta_case(c, pos, pos % 2 ? 1 : 67, 1, 2, 128, 128, conv);
     for (int64_t t = 1; t <= 8; t++) delta_case(c, t % 2 ? static_cast<int>(13 * t) : 0, t, 4, 8, 128, 128, conv, 16);
+    for (int64_t t : {1, 2, 5, 8})  // the state after every token, beginning with each kind
+      for (int from : {0, 1, 4, 7}) delta_case(c, 40, t, 2, 4, 128, 128, conv, 16, Act::F32, 7, from);
+    for (int from : {0, 2}) delta_case(c, 11, 3, 1, 3, 32, 96, conv, 16, Act::F32, 2, from);
     for (int64_t t : {1, 9, 127, 128, 129, 160, 191, 192}) delta_case(c, t % 2 ? 0 : 70, t, 2, t == 129 ? 2 : 4, 128, 128, conv, t == 191 ? 16 : 4, Act::BF16);
     for (int pos : {1, 2, 3}) delta_case(c, pos, 128 + pos, 1, 3, 128, 128, conv, 4, Act::BF16);
     delta_case(c, 7, 3, 2, 2, 64, 32, conv);
@@ -552,6 +557,52 @@ TEST_CASE("CUDA: attention: NaN stays NaN, where it was") {
     return;
   }
   nan_stays(*make_cuda_device(0, false));
+}
+
+// A call that leaves its states, taken back to any token, goes on as if the tokens behind had never been there: bit for bit.
+static void states_lead_back(Device& device) {
+  OpLimits l;
+  l.tokens = 8, l.width = 4096, l.value_heads = 4, l.key_heads = 2, l.key_dim = 128, l.value_dim = 128;
+  device.reserve(l);
+  for (const auto& [dk, dv] : {std::pair<int64_t, int64_t>{128, 128}, {32, 64}}) {
+    constexpr int kGk = 2, kGv = 4, kStart = 21;
+    const int64_t ch = 2 * kGk * dk + kGv * dv;
+    const auto step_by = [&](int first, int again) {  // `first` tokens, of which `again` are kept, then three others; the states at the end
+      Bench b(device, 77);
+      const Floats qkv = b.normals(11 * ch, 1), ba = b.normals(11 * 2 * kGv, 2);
+      DeltaNetArgs a;
+      a.conv = b.weights(DType::F32, ch, 4, 0, 0.5f), a.neg_a = b.in(Floats(kGv, -0.3f), kGv), a.dt_bias = b.in(Floats(kGv, 0.1f), kGv);
+      a.conv_ring = b.out("ring", 16, ch, 0, b.normals(16 * ch, 1)), a.state = b.out("state", kGv, dk, dv, b.normals(kGv * dk * dv, 0.1f));
+      a.states = view(b.out("states", 7 * kGv, dk, dv, Floats(static_cast<size_t>(7 * kGv * dk * dv), 1.f)).data, DType::F32, 7, kGv, dk, dv);
+      a.key_heads = kGk, a.value_heads = kGv;
+      const auto call = [&](int row, int tokens, int pos, int from, const char* name) {
+        a.qkv = b.in(Floats(qkv.begin() + row * ch, qkv.begin() + (row + tokens) * ch), tokens, ch);
+        a.ba = b.in(Floats(ba.begin() + row * 2 * kGv, ba.begin() + (row + tokens) * 2 * kGv), tokens, 2 * kGv);
+        a.o = b.out(name, tokens, kGv * dv), a.step = b.step(pos, tokens, from);
+        device.delta_net(a);
+      };
+      call(0, first, kStart, 0, "o1");
+      call(8, 3, kStart + again, again < first ? again : 0, "o2");
+      Outputs all = b.finish();
+      return std::pair(all.back().after, all[1].after);  // o of the three, S
+    };
+    for (int first : {1, 2, 5, 8})
+      for (int kept = 1; kept <= first; kept++) CHECK_MESSAGE(step_by(first, kept) == step_by(kept, kept), device.name(), ": ", kept, " of ", first, ", DK ", dk);
+  }
+}
+
+TEST_CASE("delta rule: back to any token of a call, bit for bit") {
+  states_lead_back(*make_ref_device());
+  for (Isa isa : {Isa::Scalar, Isa::Avx2, Isa::Avx512})
+    if (isa_available(isa)) states_lead_back(*make_cpu_device(3, isa));
+}
+
+TEST_CASE("CUDA: delta rule: back to any token of a call, bit for bit") {
+  if (list_cuda_devices().empty()) {
+    MESSAGE("SKIPPED: no GPU");
+    return;
+  }
+  states_lead_back(*make_cuda_device(0, false));
 }
 
 TEST_CASE("contracts refuse what does not fit") {

@@ -231,7 +231,9 @@ TEST_CASE("layers on several devices: prefill tells of progress and can be inter
 
 TEST_CASE("layers on several devices: the plan has a row for each, which add up to that of one device") {
   const std::string path = TestModels::get().path("stories");
-  Engine one = Engine::open(path, options("cpu")), three = Engine::open(path, options("cpu,cpu,cpu"));
+  Options single = options("cpu"), several = options("cpu,cpu,cpu");
+  single.draft = several.draft = 0;  // the layer that guesses has an embedding of its own on the last device
+  Engine one = Engine::open(path, single), three = Engine::open(path, several);
   const Plan &a = one.plan(), &b = three.plan();
   CHECK(a.devices.size() == 1);
   REQUIRE(b.devices.size() == 3);

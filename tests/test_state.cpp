@@ -74,6 +74,47 @@ TEST_CASE("a passing checkpoint is replaced by the next and outlived by the othe
   CHECK(s.checkpoints() == std::vector<int>{5});
 }
 
+TEST_CASE("a place inside of a pass: settled, or a checkpoint of it; the hash sees only what will be read") {
+  const auto device = make_ref_device();
+  StateShape with = shape();
+  with.states = 3, with.conv_slots = 16;
+  CHECK(with.states_bytes() == 2 * 3 * 2 * 32 * 32 * 4);
+  HybridState s(*device, with, 3);
+  CHECK(s.states(0).shape[0] == 3);
+  CHECK(!HybridState(*device, shape(), 3).states(0));
+  const std::vector<float> tail = {1, 2, 3, 4, 5};
+  const HybridState::Place place{2, {{tail.data(), 2}, {tail.data() + 2, 3}}};
+  const auto fill = [&] {  // at 40, after a pass over four tokens from 36 on
+    for (int layer : {0, 2}) {
+      std::fill_n(s.delta(layer).f32(), 2 * 32 * 32, 40.f);
+      for (int i = 0; i < 3; i++) std::fill_n(s.states(layer).f32(i), 2 * 32 * 32, static_cast<float>(37 + i + layer));
+      for (int p = 24; p < 40; p++) std::fill_n(s.conv_ring(layer).f32(p & 15), s.conv_ring(layer).cols(), static_cast<float>(p));
+    }
+    std::fill_n(s.tail(), 5, -1.f);
+  };
+  const auto there = [&] {  // at 38
+    for (int layer : {0, 2}) {
+      const float* d = s.delta(layer).f32();
+      CHECK(std::all_of(d, d + 2 * 32 * 32, [&](float v) { return v == static_cast<float>(38 + layer); }));
+    }
+    CHECK(std::equal(tail.begin(), tail.end(), s.tail()));
+  };
+  fill(), s.checkpoint(38, false, &place);
+  CHECK(*s.delta(0).f32() == 40.f);  // the state itself is where it was
+  s.settle(place), there();
+  const uint64_t at_38 = s.hash(38);
+  fill();
+  CHECK(s.restore(39) == 38);
+  there();
+  CHECK(s.hash(38) == at_38);
+  for (int p = 24; p < 40; p++) {
+    float& x = *s.conv_ring(2).f32(p & 15);
+    x += 1;
+    CHECK((s.hash(38) != at_38) == (p >= 35 && p < 38));
+    x -= 1;
+  }
+}
+
 TEST_CASE("an INT8 cache: codes where 16-byte loads may begin, scales behind them, and the hash sees both up to the position") {
   const auto device = make_ref_device();
   StateShape shape_i8 = shape();

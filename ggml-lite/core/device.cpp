@@ -171,8 +171,16 @@ void Device::delta_net(const DeltaNetArgs& a) {
   QN_CHECK(slots >= 4 && (slots & (slots - 1)) == 0, "%s: %lld slots in the ring", op, static_cast<long long>(slots));
   check_act(op, "conv_ring", a.conv_ring, slots, ch);
   check_act(op, "o", a.o, t, gv * dv);
-  check_disjoint(op, {{"o", a.o}, {"state", a.state}, {"conv_ring", a.conv_ring}}, {{"qkv", a.qkv}, {"ba", a.ba}});
-  if (begin(Op::DeltaNet, static_cast<uint64_t>(2 * gv * dk * dv + (slots + 4) * ch) * 4)) do_delta_net(a);
+  if (a.states) {
+    QN_CHECK(a.states.dtype == DType::F32 && a.states.ndim == 4 && a.states.shape[1] == gv && a.states.shape[2] == dk && a.states.shape[3] == dv,
+             "%s: states: expected f32 (slots, %lld, %lld, %lld), got %s", op, static_cast<long long>(gv), static_cast<long long>(dk),
+             static_cast<long long>(dv), shape(a.states).c_str());
+    QN_CHECK(t <= 8 && t <= a.states.rows() + 1, "%s: %lld tokens with room for the states of %lld", op, static_cast<long long>(t),
+             static_cast<long long>(a.states.rows()));
+  }
+  check_disjoint(op, {{"o", a.o}, {"state", a.state}, {"states", a.states}, {"conv_ring", a.conv_ring}}, {{"qkv", a.qkv}, {"ba", a.ba}});
+  const int64_t left = a.states ? t - 1 : 0;  // states beside the last
+  if (begin(Op::DeltaNet, static_cast<uint64_t>((2 + left) * gv * dk * dv + (slots + 4) * ch) * 4)) do_delta_net(a);
 }
 
 void Device::gated_norm_matmul(const GatedNormMatmulArgs& a) {
@@ -293,12 +301,13 @@ void Device::sample(const SampleArgs& a) {
   const char* op = "sample";
   QN_CHECK(samples(), "%s: %s leaves it to the host", op, name().c_str());
   const int64_t v = a.logits.cols();
-  check_act(op, "logits", a.logits, 1, v);
+  QN_CHECK(a.logits.rows() >= 1 && a.logits.rows() <= 8 && a.ahead >= 0, "%s: %lld rows, %d ahead", op, static_cast<long long>(a.logits.rows()), a.ahead);
+  check_act(op, "logits", a.logits, a.logits.rows(), v);
   QN_CHECK(!a.allowed || (a.allowed.dtype == DType::U8 && a.allowed.rows() == v), "%s: allowed: got %s", op, shape(a.allowed).c_str());
   QN_CHECK(a.history && a.history.dtype == DType::I32 && a.history.ndim == 1, "%s: history: got %s", op, shape(a.history).c_str());
   QN_CHECK(a.ids && a.ids.dtype == DType::I32 && a.ids.rows() >= 1, "%s: ids: got %s", op, shape(a.ids).c_str());
-  QN_CHECK(a.params && a.step && a.mail, "%s: no parameters, step or mail", op);
-  if (begin(Op::Sample, static_cast<uint64_t>(v) * 4)) do_sample(a);
+  QN_CHECK(a.params && a.step, "%s: no parameters or step", op);
+  if (begin(Op::Sample, static_cast<uint64_t>(a.logits.rows() * v) * 4)) do_sample(a);
 }
 
 }  // namespace qn

@@ -74,6 +74,9 @@ struct DeltaNetArgs {
   Tensor conv_ring; // in/out (slots, CH), slots a power of two >= 4: the input of position p is in slot p & (slots - 1).
                     // Zero before the sequence starts. The call leaves the inputs of its last min(T, slots) positions there.
   Tensor state;     // in/out (GV, DK, DV): S, key index first
+  Tensor states;    // optional in/out (slots, GV, DK, DV), for calls of at most 8 tokens and slots + 1: S after token i is left in slot i, after
+                    // the last one in `state`. The call begins with `state`, or with slot step->from - 1 of the call before. So a
+                    // call can be taken back to any of its tokens without copying.
   Tensor o;         // out (T, GV*DV)
   int key_heads = 0, value_heads = 0;
   Act act = Act::F32;  // not F32: the chunked form may use BF16 operands; state and inverse stay fp32
@@ -167,14 +170,19 @@ struct ConcatMatmulArgs {
 
 // Chooses the token at position p = step->pos + step->n_tok, which is how many tokens the model has seen, and prepares the next step.
 // The meaning of the parameters is that of text/sampler.h: the same logits give the same token.
+//
+// Of T rows the last one is for p, the first for p - T + 1, where `history` has the tokens that the rows behind it took for granted (drafts).
+// Each row chooses as if the drafts before it were right; the first that chooses another token than the draft ends the choice, and p is its
+// position.
 struct SampleArgs {
-  Tensor logits;        // (1, V)
+  Tensor logits;        // (T, V), T <= 8
   Tensor allowed;       // (V) U8: whether an id may be chosen; empty: all may
   Tensor history;       // in/out (C) I32: the tokens before p are read, [p] is written when p < C
-  Tensor ids;           // out (1) I32: the token
+  Tensor ids;           // out (1) I32: the token at p
   const SampleParams* params = nullptr;  // device memory
-  StepParams* step = nullptr;            // in/out, device memory: becomes {p, 1}
-  Mail* mail = nullptr;                  // out, memory of alloc_mail()
+  StepParams* step = nullptr;            // in/out, device memory: becomes {p - ahead, 1, rows up to p's when they are not all, else 0}
+  Mail* mail = nullptr;                  // out, memory of alloc_mail(): the tokens of all rows up to p's; null: nobody is told
+  int ahead = 0;                         // logits of a layer that predicts further: p = step->pos + step->n_tok + ahead
 };
 
 // ---------------------------------------------------------------------------------------------------------------------

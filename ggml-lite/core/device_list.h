@@ -2,6 +2,7 @@
 #pragma once
 #include <span>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "ggml-lite/core/device.h"
@@ -21,5 +22,8 @@ std::vector<DeviceName> parse_devices(const std::string& text);
 // Bytes that each of these devices may take. Those on one card have an equal share of what is free there; so have those that compute in the
 // memory of the process, of `process` bytes.
 std::vector<uint64_t> memory_budgets(std::span<Device* const> devices, std::span<const DeviceName> names, uint64_t process);
+
+// Bytes in use and in all on these devices; each card once.
+std::pair<uint64_t, uint64_t> memory_in_use(std::span<Device* const> devices, std::span<const DeviceName> names);
 
 }  // namespace qn

@@ -21,6 +21,14 @@ struct PassTime {
   uint64_t bytes;
 };
 
+// What guessing ahead is made of, in seconds
+struct DraftCosts {
+  double first = 0, next = 0;  // guesses: after a pass, and out of a guess; 0: there is no layer for it
+  std::vector<std::pair<int, double>> passes;  // over so many tokens, keeping the states between them
+  double back = 0;             // how much longer a pass takes that begins inside of the one before
+  double settle = 0;           // ending a generation there: once
+};
+
 struct Pass {
   std::function<void()> prepare;          // brings back the state before the pass, and what it reads
   std::function<void(bool record)> run;   // the operations; through Device::recorded() if `record` and it is short enough

@@ -8,6 +8,7 @@ namespace qn {
 struct StepParams {
   int32_t pos;    // position of the first token of this call in the sequence, from 0
   int32_t n_tok;  // T, tokens in this call (equal to shape[0] of the activations)
+  int32_t from = 0;  // which state recurrent layers begin with: 0 their own, i > 0 what the call before left after its i-th token
 };
 
 // How the next token is chosen, as text/sampler.h defines it (SamplerParams), for devices that choose themselves.
@@ -23,9 +24,11 @@ struct SampleParams {
 };
 
 // Where a device that chooses tokens leaves them for the host: memory of the host that both see. The token chosen for position p
-// is slot[p % kMailSlots] = (p << 32 | id), one 8-byte store, so that the host polls one word and never sees half a message.
-// id 0xffffffff: nothing could be chosen (every logit NaN, -inf or of an id that is not allowed).
+// is slot[p % kMailSlots] = (p << 32 | more << 24 | id), one 8-byte store, so that the host polls one word and never sees half a
+// message. more: how many tokens behind this one were chosen with it, whose messages are there when this one is.
+// more and id all ones: nothing could be chosen (every logit NaN, -inf or of an id that is not allowed).
 constexpr int kMailSlots = 64;
+constexpr int kMailIdBits = 24;  // core/limits.h: a vocabulary is smaller
 struct Mail {
   uint64_t slot[kMailSlots];
 };

@@ -40,6 +40,11 @@ void CpuDevice::delta_columns(const DeltaNetArgs& a, const DeltaCall& c, int64_t
   }
   const int64_t start = a.step->pos, mask = a.conv_ring.rows() - 1;
   float* state = a.state.f32(head) + column;
+  const auto copy_columns = [&](const float* from, float* to) {
+    for (int64_t i = 0; i < dk; i++) std::memcpy(to + i * c.dv, from + i * c.dv, columns * 4);
+  };
+  const auto slot = [&](int64_t i) { return a.states.f32(i) + head * dk * c.dv + column; };
+  if (a.states && a.step->from > 0) copy_columns(slot(a.step->from - 1), state);
   for (int64_t t = 0; t < c.tokens; t++) {
     for (const Part& p : parts) {
       const float* x[4];
@@ -57,6 +62,7 @@ void CpuDevice::delta_columns(const DeltaNetArgs& a, const DeltaCall& c, int64_t
     const float beta = 1.f / (1.f + std::exp(-ba[head]));
     const float alpha = std::exp(a.neg_a.f32()[head] * softplus(ba[gv + head] + a.dt_bias.f32()[head]));
     kernels_.delta_step(state, c.dv, dk, columns, q, k, v, alpha, beta, a.o.f32(t) + head * c.dv + column);
+    if (a.states && t + 1 < c.tokens) copy_columns(state, slot(t));
   }
 }
 

@@ -21,22 +21,38 @@ void Chooser::begin(const SampleParams& params, std::span<const int32_t> timelin
   device_->upload(params_.data(), &params, sizeof params);
 }
 
-void Chooser::choose(const Tensor& logits, const Tensor& ids, StepParams* step) {
+SampleArgs Chooser::args(const Tensor& logits, const Tensor& ids, StepParams* step) const {
   SampleArgs a;
-  a.logits = logits, a.allowed = allowed_, a.ids = ids, a.step = step, a.mail = mail_;
+  a.logits = logits, a.allowed = allowed_, a.ids = ids, a.step = step;
   a.history = view(history_.data(), DType::I32, context_ + 1);
   a.params = static_cast<const SampleParams*>(params_.data());
+  return a;
+}
+
+void Chooser::choose(const Tensor& logits, const Tensor& ids, StepParams* step) {
+  SampleArgs a = args(logits, ids, step);
+  a.mail = mail_;
   device_->sample(a);
 }
 
-int32_t Chooser::wait(int position) const {
+void Chooser::guess(const Tensor& logits, const Tensor& ids, StepParams* step) {
+  SampleArgs a = args(logits, ids, step);
+  a.ahead = 1;
+  device_->sample(a);
+}
+
+void Chooser::assume(int position, std::span<const int32_t> guesses) {
+  device_->upload(static_cast<int32_t*>(history_.data()) + position, guesses.data(), guesses.size_bytes());
+}
+
+Chosen Chooser::wait(int position) const {
   std::atomic_ref<uint64_t> slot(mail_->slot[position % kMailSlots]);
   const auto here = [&](uint64_t v) { return v >> 32 == static_cast<uint64_t>(position); };
   for (uint64_t n = 1;; n++) {
     const uint64_t v = slot.load(std::memory_order_acquire);
     if (here(v)) {
       if (static_cast<uint32_t>(v) == UINT32_MAX) fail("sampling: no token can be chosen: every logit is NaN, -inf or of an id without a token");
-      return static_cast<int32_t>(static_cast<uint32_t>(v));
+      return {static_cast<int32_t>(v & ((1u << kMailIdBits) - 1)), static_cast<int>(static_cast<uint32_t>(v) >> kMailIdBits)};
     }
     // A device that failed never writes; asking it costs more than looking.
     if (n % 4096) continue;

@@ -9,6 +9,11 @@
 
 namespace qn {
 
+struct Chosen {
+  int32_t id;
+  int more;  // tokens behind it that were chosen with it, and are there
+};
+
 class Chooser {
  public:
   Chooser() = default;                              // of a device that cannot
@@ -18,12 +23,18 @@ class Chooser {
 
   // A generation begins: `timeline` is what the model has seen. Waits for what was started before.
   void begin(const SampleParams& params, std::span<const int32_t> timeline);
-  // The operation: logits (1, V) -> ids (1), step, mail.
+  // The operation: logits (T, V) -> ids (1), step, mail.
   void choose(const Tensor& logits, const Tensor& ids, StepParams* step);
+  // The same for a token that is only a guess: logits (1, V) of a layer that predicts one further than the model; tells nobody.
+  void guess(const Tensor& logits, const Tensor& ids, StepParams* step);
+  // Guesses that the host made, from `position` on, are history for the rows behind them.
+  void assume(int position, std::span<const int32_t> guesses);
   // Waits for the token at `position`; throws Error when none could be chosen or the device failed.
-  int32_t wait(int position) const;
+  Chosen wait(int position) const;
 
  private:
+  SampleArgs args(const Tensor& logits, const Tensor& ids, StepParams* step) const;
+
   Device* device_ = nullptr;
   std::vector<Device*> before_;
   Tensor allowed_;

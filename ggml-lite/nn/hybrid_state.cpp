@@ -7,7 +7,8 @@
 
 namespace qn {
 
-static int64_t layer_floats(const StateShape& s) { return s.value_heads * s.key_dim * s.value_dim + s.conv_slots * s.conv_channels(); }
+static int64_t state_floats(const StateShape& s) { return s.value_heads * s.key_dim * s.value_dim; }
+static int64_t layer_floats(const StateShape& s) { return state_floats(s) + s.conv_slots * s.conv_channels(); }
 static int64_t cache_rows(const StateShape& s) { return s.kv_heads * s.context; }
 static int64_t cache_bytes(const StateShape& s) { return cache_rows(s) * s.head_dim * item_bytes(s.kv_type); }  // of K or V, without scales
 static int64_t scale_bytes(const StateShape& s) { return s.kv_type == DType::I8 ? cache_rows(s) * kv_groups(s.head_dim) * item_bytes(DType::F16) : 0; }
@@ -16,6 +17,7 @@ static int64_t layers_of(const StateShape& s, bool attention) { return std::rang
 uint64_t StateShape::recurrent_bytes() const {
   return static_cast<uint64_t>(layers_of(*this, false) * layer_floats(*this) + tail) * sizeof(float);
 }
+uint64_t StateShape::states_bytes() const { return static_cast<uint64_t>(layers_of(*this, false) * states * state_floats(*this)) * sizeof(float); }
 uint64_t StateShape::kv_bytes() const { return static_cast<uint64_t>(layers_of(*this, true) * 2 * (cache_bytes(*this) + scale_bytes(*this))); }
 
 uint64_t HybridState::checkpoints_kept(const StateShape& shape, uint64_t checkpoint_bytes) {
@@ -26,14 +28,22 @@ HybridState::HybridState(Device& device, const StateShape& shape, uint64_t keep)
   int64_t next[2] = {0, 0};
   for (const bool attention : shape_.attention) slots_.push_back(next[attention]++);
   recurrent_ = device_.alloc(shape_.recurrent_bytes(), "recurrent state");
+  if (shape_.states_bytes()) states_ = device_.alloc(shape_.states_bytes(), "states between the tokens of a pass");
   if (shape_.kv_bytes()) kv_ = device_.alloc(shape_.kv_bytes(), "KV cache");
   if (device_.memory())
     for (size_t i = 0; i < keep_; i++) spare_.push_back(device_.alloc(recurrent_.bytes(), "checkpoint of the recurrent state"));
 }
 
+float* HybridState::layer_in(const Buffer& recurrent, int layer) const {
+  return static_cast<float*>(recurrent.data()) + slot(layer) * layer_floats(shape_);
+}
+Tensor HybridState::states(int layer) const {
+  if (!states_.data()) return {};
+  float* p = static_cast<float*>(states_.data()) + slot(layer) * shape_.states * state_floats(shape_);
+  return view(p, DType::F32, shape_.states, shape_.value_heads, shape_.key_dim, shape_.value_dim);
+}
 Tensor HybridState::delta(int layer) const {
-  float* p = static_cast<float*>(recurrent_.data()) + slot(layer) * layer_floats(shape_);
-  return view(p, DType::F32, shape_.value_heads, shape_.key_dim, shape_.value_dim);
+  return view(layer_in(recurrent_, layer), DType::F32, shape_.value_heads, shape_.key_dim, shape_.value_dim);
 }
 Tensor HybridState::conv_ring(int layer) const {
   const Tensor s = delta(layer);
@@ -100,7 +110,18 @@ void HybridState::forget_after(int position) {
   });
 }
 
-void HybridState::checkpoint(int position, bool passing) {
+// Puts what is elsewhere than in recurrent_ at this place into a copy of it, or into itself.
+void HybridState::gather(const Buffer& to, const Place& place) {
+  for (int layer = 0; place.from > 0 && layer < static_cast<int>(shape_.attention.size()); layer++)
+    if (!shape_.attention[static_cast<size_t>(layer)])
+      device_.copy(layer_in(to, layer), states(layer).f32(place.from - 1), static_cast<size_t>(state_floats(shape_)) * sizeof(float));
+  float* at = static_cast<float*>(to.data()) + layers_of(shape_, false) * layer_floats(shape_);
+  for (const auto& [from, floats] : place.tail) device_.copy(at, from, static_cast<size_t>(floats) * sizeof(float)), at += floats;
+}
+
+void HybridState::settle(const Place& place) { gather(recurrent_, place); }
+
+void HybridState::checkpoint(int position, bool passing, const Place* place) {
   forget_after(position);
   if (passing)
     std::erase_if(checkpoints_, [&](Checkpoint& c) {
@@ -123,6 +144,7 @@ void HybridState::checkpoint(int position, bool passing) {
   if (!spare_.empty()) memory = std::move(spare_.back()), spare_.pop_back();
   else memory = device_.alloc(recurrent_.bytes(), "checkpoint of the recurrent state");
   device_.copy(memory.data(), recurrent_.data(), recurrent_.bytes());
+  if (place) gather(memory, *place);
   checkpoints_.push_back({position, passing, std::move(memory)});
 }
 
@@ -143,11 +165,21 @@ std::vector<int> HybridState::checkpoints() const {
 }
 
 uint64_t HybridState::hash(int position, uint64_t before) const {
-  std::vector<uint8_t> host(recurrent_.bytes());
-  if (!host.empty()) device_.download(host.data(), recurrent_.data(), host.size());  // there may be no recurrent layer
-  const uint32_t recurrent = crc32c(host, static_cast<uint32_t>(before >> 32));
-  uint32_t kv = static_cast<uint32_t>(before);
+  std::vector<uint8_t> host;
+  uint32_t recurrent = static_cast<uint32_t>(before >> 32), kv = static_cast<uint32_t>(before);
+  auto add = [&](const float* from, int64_t floats) {
+    host.resize(static_cast<size_t>(floats) * sizeof(float));
+    device_.download(host.data(), from, host.size());
+    recurrent = crc32c(host, recurrent);
+  };
   const int layers = static_cast<int>(shape_.attention.size());
+  for (int layer = 0; layer < layers; layer++) {
+    if (shape_.attention[static_cast<size_t>(layer)]) continue;
+    add(delta(layer).f32(), state_floats(shape_));
+    const Tensor ring = conv_ring(layer);  // other slots hold what nobody will read
+    for (int p = std::max(0, position - 3); p < position; p++) add(ring.f32(p & (shape_.conv_slots - 1)), ring.cols());
+  }
+  if (shape_.tail) add(tail(), shape_.tail);
   for (int layer = 0; layer < layers; layer++) {
     if (!shape_.attention[static_cast<size_t>(layer)]) continue;
     const int valid = std::max(0, position - (layer >= layers - shape_.lagging));

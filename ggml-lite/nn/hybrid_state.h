@@ -3,6 +3,10 @@
 // Keys and values of attention layers can be cut at any position: what lies behind is overwritten. The recurrent part (delta rule
 // states and convolution inputs) cannot: going back needs a checkpoint, a copy taken when the sequence was there. Checkpoints hold
 // the recurrent part only; a checkpoint at position p stays true as long as the tokens before p are the same.
+//
+// Inside of the last pass, when it was short and kept the states between its tokens (states()), going back is free: the next pass begins
+// with one of them (StepParams::from). Convolution inputs lie in a ring by position, which then has room for the tokens of a pass beside the
+// three that are read.
 #pragma once
 #include <cstdint>
 #include <vector>
@@ -20,10 +24,12 @@ struct StateShape {
   DType kv_type = DType::BF16;       // F32, BF16 or I8
   int conv_slots = 4;                // convolution inputs kept: three are read, the others written; a power of two
   int lagging = 0;                   // trailing attention layers whose cache is one position behind (multi-token prediction)
+  int states = 0;                    // kept between the tokens of a pass: its tokens - 1
   int64_t tail = 0;                  // floats carried beside the layers (last hidden row, logits): saved with a checkpoint
 
   int64_t conv_channels() const { return 2 * key_heads * key_dim + value_heads * value_dim; }
   uint64_t recurrent_bytes() const;  // of all layers, with the tail: one checkpoint
+  uint64_t states_bytes() const;
   uint64_t kv_bytes() const;
 };
 
@@ -44,21 +50,28 @@ class HybridState {
 
   Tensor conv_ring(int layer) const;  // (slots, CH)
   Tensor delta(int layer) const;      // (GV, DK, DV)
+  Tensor states(int layer) const;     // (states, GV, DK, DV); empty: none are kept
   KvCache cache(int layer) const;
   float* tail() const;                // device memory, shape().tail floats
 
   void reset();                       // position 0
   // For benchmarks: random values everywhere, as if `position` tokens had been seen; no checkpoints.
   void randomise(int position, uint64_t seed);
-  // Copies the recurrent part, which is that of `position` now. A passing checkpoint replaces the passing one before it.
-  void checkpoint(int position, bool passing = false);
+  // A place inside of the last pass: behind its first `from` tokens (0: behind all), and where the pieces of the tail of that place lie.
+  struct Place {
+    int from = 0;
+    std::vector<std::pair<const float*, int64_t>> tail;  // device memory, floats
+  };
+  void settle(const Place& place);    // makes it the state
+  // Copies the recurrent part, which is that of `position` now, or at a place. A passing checkpoint replaces the passing one before it.
+  void checkpoint(int position, bool passing = false, const Place* place = nullptr);
   // Restores the newest checkpoint at or before `position` (the start if there is none), forgets those behind it; returns where.
   int restore(int position);
   void forget_after(int position);    // checkpoints behind `position` are no longer true
   std::vector<int> checkpoints() const;  // positions, rising
 
   const StateShape& shape() const { return shape_; }
-  // Of all that counts up to `position`; of the parts of a model, in order, that of the whole when each is given the one before.
+  // Of all that what comes after `position` depends on; of the parts of a model, in order, that of the whole when each is given the one before.
   uint64_t hash(int position) const { return hash(position, static_cast<uint32_t>(position)); }
   uint64_t hash(int position, uint64_t before) const;
 
@@ -68,6 +81,8 @@ class HybridState {
     bool passing;
     Buffer memory;
   };
+  float* layer_in(const Buffer& recurrent, int layer) const;
+  void gather(const Buffer& to, const Place& place);
   int64_t slot(int layer) const { return slots_[static_cast<size_t>(layer)]; }
 
   Device& device_;
@@ -75,6 +90,7 @@ class HybridState {
   std::vector<int64_t> slots_;  // of each layer among the layers of its kind
   size_t keep_;
   Buffer recurrent_;            // [per recurrent layer: S (GV, DK, DV), ring (slots, CH)] then the tail
+  Buffer states_;               // [per recurrent layer: (states, GV, DK, DV)]
   // [per attention layer: K (HK, C, DH), V (HK, C, DH)], then of codes [per layer: scales of K, scales of V]: behind everything, for
   // with an odd C they would leave the next layer's codes where no 16-byte load may begin.
   Buffer kv_;

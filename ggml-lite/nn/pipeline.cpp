@@ -24,10 +24,10 @@ void Pipeline::run(int n, uint64_t key, const std::function<void(size_t)>& body)
   }
 }
 
-void Pipeline::hand_back() {
+void Pipeline::hand_back(int n) {
   PipelineStage& last = *stages_.back();
   for (PipelineStage* s : stages_)
-    if (s != &last) s->device.copy_from(s->next.data(), last.device, last.next.data(), 2 * sizeof(StepParams) + sizeof(int32_t));
+    if (s != &last) s->device.copy_from(s->next.data(), last.device, last.next.data(), 2 * sizeof(StepParams) + static_cast<size_t>(n) * sizeof(int32_t));
 }
 
 void Pipeline::wait() {  // in order: the failure that shows is that of the device that failed, not of one that waits for it
@@ -46,8 +46,16 @@ void Pipeline::randomise(int position, uint64_t seed) {
   for (size_t i = 0; i < stages_.size(); i++) stages_[i]->state.randomise(position, seed + i * 2);
 }
 
-void Pipeline::checkpoint(int position, bool passing) {
-  for (PipelineStage* s : stages_) s->state.checkpoint(position, passing);
+void Pipeline::settle(const HybridState::Place& place) {
+  for (PipelineStage* s : stages_) s->state.settle(s == &back() ? place : HybridState::Place{place.from, {}});
+}
+
+void Pipeline::checkpoint(int position, bool passing, const HybridState::Place* place) {
+  for (PipelineStage* s : stages_) {
+    const HybridState::Place here = place ? *place : HybridState::Place{};
+    const HybridState::Place there{here.from, {}};
+    s->state.checkpoint(position, passing, !place ? nullptr : s == &back() ? &here : &there);
+  }
 }
 
 int Pipeline::restore(int position) {

@@ -36,17 +36,21 @@ class Pipeline {
   void prepare(const StepParams (&step)[2], std::span<const int32_t> ids, bool ids_at_end);
   // A pass of n tokens: body(i) asks for the operations of stage i, by the recording of this key unless it is 0.
   void run(int n, uint64_t key, const std::function<void(size_t stage)>& body);
-  // The last stage has chosen a token and left it in ids[0] and step: the pass that comes next is about it on all stages.
-  void hand_back();
+  // The last stage has ids[0] ... ids[n - 1] and step of the next pass, a token it has chosen and guesses behind it: now all stages have.
+  void hand_back(int n = 1);
   void wait();
   // After each of a row of passes: waits for those before the last `ahead()`, so many that every device has work.
   void keep_up();
+  PipelineStage& back() const { return *stages_.back(); }
+  size_t size() const { return stages_.size(); }
   size_t ahead() const { return stages_.size() > 1 ? stages_.size() : 0; }
 
   // States of all stages, as HybridState does for one
   void reset();
   void randomise(int position, uint64_t seed);
-  void checkpoint(int position, bool passing = false);
+  // The tail that a place names is that of the last stage.
+  void settle(const HybridState::Place& place);
+  void checkpoint(int position, bool passing = false, const HybridState::Place* place = nullptr);
   int restore(int position);
   uint64_t hash(int position) const;  // equal however the layers are cut
 

@@ -105,6 +105,7 @@ class RefDevice final : public Device {
     const int64_t dk = a.state.shape[1], dv = a.state.shape[2], gk = a.key_heads, gv = a.value_heads, ch = a.qkv.cols();
     const int64_t slots = a.conv_ring.rows();
     Vec y(ch);
+    if (a.states && a.step->from > 0) std::copy_n(a.states.f32(a.step->from - 1), gv * dk * dv, a.state.f32());
     for (int64_t t = 0; t < a.qkv.rows(); t++) {
       const int64_t pos = a.step->pos + t;
       std::copy_n(a.qkv.f32(t), ch, a.conv_ring.f32(pos & (slots - 1)));
@@ -137,6 +138,7 @@ class RefDevice final : public Device {
           a.o.f32(t)[h * dv + j] = o;
         }
       }
+      if (a.states && t + 1 < a.qkv.rows()) std::copy_n(a.state.f32(), gv * dk * dv, a.states.f32(t));
     }
   }
 

@@ -42,4 +42,15 @@ std::string TextStream::finish() {
   return out;
 }
 
+std::string AnswerText::add(std::string_view bytes) {
+  had_all_ = taken() == given();
+  return TextStream::add(bytes);
+}
+
+size_t AnswerText::delivered() const {
+  size_t keep = 0;
+  while (keep < ends_.size() && ends_[keep] <= given()) keep++;
+  return keep;
+}
+
 }  // namespace qn

@@ -25,4 +25,20 @@ class TextStream {
   bool stopped_ = false;
 };
 
+// The text of an answer while its tokens come, and which of them stay when a stop string ends it.
+class AnswerText : public TextStream {
+ public:
+  explicit AnswerText(const std::vector<std::string>& stop) : TextStream(stop), stops_(!stop.empty()) {}
+  std::string add(std::string_view bytes);  // of the next token
+  // The token added last began what may become a stop string, and all before it had been shown: what comes may be taken back to before it.
+  bool opened() const { return stops_ && had_all_ && taken() != given(); }
+  void keep() { ends_.push_back(taken()); }  // the token added last is one of the answer
+  // Of those kept, the tokens whose text was delivered whole; at a boundary also those without any text that follow
+  size_t delivered() const;
+
+ private:
+  std::vector<size_t> ends_;  // bytes of text after each token
+  bool stops_, had_all_ = false;
+};
+
 }  // namespace qn

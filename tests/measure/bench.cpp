@@ -2,6 +2,7 @@
 //   -p prompts, -n generated tokens, -pg both, at -d tokens of context   as llama-bench
 //   --ops      each operation of a pass timed alone against the bytes it has to move
 //   --verify   a pass over several tokens at once, as checking a draft takes
+//   --simulate-acceptance   generating with guesses that are right by lottery, against plain steps; what its parts take
 // Only the report goes to stdout. Exit codes: 0, 1 bad input, 2 bad usage, 128 + signal; what was measured before is reported all the same.
 #include <unistd.h>
 
@@ -53,6 +54,7 @@ struct Args {
   std::vector<std::string> models;
   std::vector<int> prompts, gens, depths, verify, ops;
   std::vector<std::pair<int, int>> both;
+  std::vector<double> acceptance;  // to simulate
   int repetitions = 5;
   double bandwidth = 0;  // bytes/s
   std::string format = "md", text, plot;
@@ -105,6 +107,7 @@ std::vector<int> parse_list(const std::vector<std::string>& given, const char* o
 void parse_args(CLI::App& app, Args& a, int argc, char** argv) {
   std::vector<std::string> prompts, gens, both, depths, verify, ops;
   double bandwidth = 0;
+  a.options.draft = 0;  // plain steps are measured unless asked otherwise
   app.get_formatter()->column_width(32);
   app.footer("Lists: 1,2,3 or ranges first-last, first-last+step, first-last*factor; 0 leaves a kind of test out.\n"
              "-pg and -ub work as in llama-bench.");
@@ -125,6 +128,9 @@ void parse_args(CLI::App& app, Args& a, int argc, char** argv) {
   list("--ops", ops, "time each operation of a pass over N tokens alone (default 1)")->type_name("[LIST]")->expected(0, 1)
       ->default_str("1");
   list("--verify,--passes", verify, "time a pass over N tokens at once, as checking a draft takes, against one over 1");
+  std::string acceptance;
+  app.add_option("--simulate-acceptance", acceptance, "generate with guesses of which each is right with these probabilities, as 0.6,0.7,0.8: all the work is "
+                 "done, whatever is guessed; at each number of guesses up to --draft (default 7), and auto")->type_name("LIST");
   app.add_option("--bandwidth", bandwidth, "what this memory is known to read: % of roofline is of that, unless more is measured")
       ->type_name("GB/s")->check(CLI::NonNegativeNumber);
   app.add_option("-o,--output", a.format, "md, csv, json, jsonl or sql (default md)")->type_name("FORMAT")
@@ -156,6 +162,9 @@ void parse_args(CLI::App& app, Args& a, int argc, char** argv) {
       qn::fail("-pg: expected two numbers of at least 1, as in 512,128; got \"%s\"", s.c_str());
     a.both.emplace_back(parse_count(parts[0], "-pg"), parse_count(parts[1], "-pg"));
   }
+  for (std::string_view item : split(acceptance, ','))
+    if (!acceptance.empty()) a.acceptance.push_back(qn::parse_number(std::string(item), "--simulate-acceptance", 0, 1));
+  if (!a.acceptance.empty() && a.options.draft <= 0) a.options.draft = 7;
   a.bandwidth = bandwidth * 1e9;
   const auto none = [](const std::vector<int>& list) { return std::ranges::count(list, 0) == std::ssize(list); };
   if (!a.plot.empty() && none(a.prompts) && none(a.gens)) qn::fail("--plot: draws the speed of -p and -n, and both are left out; use one of them");
@@ -176,15 +185,17 @@ Statistic statistic(const std::vector<double>& samples) {
 }
 
 struct Result {
-  enum Kind { Test, Operation, Pass } kind = Test;
+  enum Kind { Test, Operation, Pass, Draft, Cost } kind = Test;
   std::string name;                  // "pp512 @ d4096"; of an operation its name
   int prompt = 0, gen = 0, depth = 0;
   int rows = 0, calls = 0;           // of a pass over `rows` tokens; operations of one kind in it
   std::string when;                  // ISO 8601
   std::vector<double> seconds, ttft;  // of each repetition; until the first token was there
+  int drafts = 0;                    // of a simulation: guesses per step, -1 auto
+  double acceptance = NAN, per_step = NAN;  // of a simulation: asked for; tokens that a step with guesses yielded
   double bytes = NAN, flops = NAN;   // that a generated token or a pass has to move; that a repetition has to compute
 
-  double tokens() const { return kind == Operation ? NAN : kind == Pass ? rows : prompt + gen; }
+  double tokens() const { return kind == Operation || kind == Cost ? NAN : kind == Pass ? rows : prompt + gen; }
   Statistic speed() const {
     std::vector<double> v;
     for (double s : seconds) v.push_back(tokens() / s);
@@ -211,6 +222,10 @@ struct Run {
   }
   double time_ratio(const Result& r) const { return one_token(r) ? statistic(r.seconds).mean / statistic(one_token(r)->seconds).mean : NAN; }
   double bytes_ratio(const Result& r) const { return one_token(r) ? r.bytes / one_token(r)->bytes : NAN; }
+  double speed_up(const Result& r) const {  // over plain steps, of the same number of tokens in the same run
+    const auto plain = std::ranges::find_if(results, [&](const Result& o) { return o.kind == Result::Draft && o.drafts == 0 && o.depth == r.depth && o.gen == r.gen; });
+    return r.kind == Result::Draft && plain != results.end() ? r.speed().mean / plain->speed().mean : NAN;
+  }
   double roof_percent(const Result& r) const { return 100 * r.moved_per_second() / roof; }
   uint64_t planned() const { return plan.weights + plan.kv + plan.state + plan.scratch; }
 };
@@ -273,6 +288,16 @@ class Bench {
       for (int rows : args_.ops)
         if (rows)
           for (Result& r : operations(rows, depth)) done(std::move(r));
+      if (args_.acceptance.empty()) continue;
+      for (Result& r : costs(depth)) done(std::move(r));
+      for (int n : args_.gens) {
+        if (!n) continue;
+        done(lottery(n, depth, 0, NAN));
+        for (double acceptance : args_.acceptance)
+          for (int drafts : {1, 2, 3, 4, 5, 7, -1})
+            if (drafts <= args_.options.draft) done(lottery(n, depth, drafts, acceptance));
+      }
+      session_.speculate(args_.options.draft);
     }
   }
 
@@ -307,17 +332,21 @@ class Bench {
 
   // Generates n tokens as a user gets them and waits for the pass over the last; returns when the first one came.
   double tokens_out(int n) {
+    double first = 0;
+    tokens_made(n, &first);
+    return first;
+  }
+  GenerateResult tokens_made(int n, double* first = nullptr) {
     GenerateParams p;
     p.max_tokens = n, p.stop_at_end_tokens = false, p.interrupt = &interrupted;
-    double first = 0;
     const GenerateResult r = session_.generate(p, [&](const Delivery&) {
-      if (first == 0) first = now();
+      if (first && *first == 0) *first = now();
       return true;
     });
     check_interrupt();
     if (static_cast<int>(r.ids.size()) != n) qn::fail("%s: generated %zu tokens, expected %d", run_.path.c_str(), r.ids.size(), n);
     session_.logits();
-    return first;
+    return r;
   }
 
   Result begin(std::string name, int depth, Result::Kind kind = Result::Test) const {
@@ -376,6 +405,42 @@ class Bench {
     return r;
   }
 
+  // Generates n tokens with guesses that are right by lottery. What a device records on the way, and the plain step it is compared with by the
+  // session, come before.
+  Result lottery(int n, int depth, int drafts, double acceptance) {
+    const std::string guesses = drafts < 0 ? "auto" : std::to_string(drafts);
+    Result r = begin(drafts ? qn::format("draft %s, %g right", guesses.c_str(), acceptance) : "plain steps", depth, Result::Draft);
+    r.gen = n, r.drafts = drafts, r.acceptance = acceptance;
+    session_.speculate(drafts, drafts ? acceptance : -1);
+    for (int turn = 0; turn <= args_.repetitions; turn++) {
+      go_to(std::max(depth, 1));
+      const double start = now();
+      const GenerateResult made = tokens_made(turn ? n : std::max(n, 64));
+      if (!turn) continue;
+      r.seconds.push_back(now() - start);
+      r.per_step = static_cast<double>(n) / static_cast<double>(n - static_cast<int>(made.accepted));
+    }
+    return r;
+  }
+
+  std::vector<Result> costs(int depth) {
+    go_to(std::max(depth, 1));
+    const DraftCosts c = session_.draft_costs();
+    std::vector<Result> out;
+    const auto add = [&](const std::string& name, double seconds, int rows) {
+      Result r = begin(name, depth, Result::Cost);
+      r.seconds = {seconds}, r.rows = rows;
+      out.push_back(std::move(r));
+    };
+    if (c.first > 0) add("first guess", c.first, 0);
+    if (c.next > 0) add("next guess", c.next, 0);
+    for (const auto& [rows, seconds] : c.passes)
+      if (rows <= 4 || rows % 2 == 0) add("pass of " + std::to_string(rows), seconds, rows);
+    add("begin inside of the last pass", c.back, 0);
+    add("end inside of the last pass", c.settle, 0);
+    return out;
+  }
+
   std::vector<Result> operations(int rows, int depth) {
     const Result proto = begin("operations of " + std::to_string(rows), depth, Result::Operation);
     std::vector<Result> out;
@@ -411,7 +476,7 @@ Json whole(double v) { return std::isfinite(v) ? Json::number(static_cast<int64_
 
 // One list for every format; the same names in the same order for every test.
 std::vector<Field> fields(const Run& run, const Result& r) {
-  static const char* const kinds[] = {"test", "operation", "pass"};
+  static const char* const kinds[] = {"test", "operation", "pass", "draft", "cost"};
   const Statistic ns = statistic(r.seconds), ts = r.speed(), ttft = statistic(r.ttft);
   const bool gpu = run.memory.device_total > 0, decode = r.kind == Result::Test && r.gen && !r.prompt;
   const auto text = [](const std::string& s) { return Json::string(s); };
@@ -431,6 +496,8 @@ std::vector<Field> fields(const Run& run, const Result& r) {
       {"avg_ts", "REAL", number(ts.mean)}, {"stddev_ts", "REAL", number(std::isfinite(ts.mean) ? ts.sd : NAN)},
       {"avg_us_per_token", "REAL", number(decode ? 1e6 * ns.mean / r.gen : NAN)},
       {"bytes_moved", "INTEGER", whole(r.bytes)}, {"gb_per_second", "REAL", number(r.moved_per_second() / 1e9)},
+      {"n_drafts", "INTEGER", r.kind == Result::Draft ? Json::number(static_cast<int64_t>(r.drafts)) : Json()}, {"acceptance", "REAL", number(r.acceptance)},
+      {"tokens_per_step", "REAL", number(r.per_step)}, {"speed_up", "REAL", number(run.speed_up(r))},
       {"time_ratio", "REAL", number(run.time_ratio(r))}, {"bytes_ratio", "REAL", number(run.bytes_ratio(r))},
       {"roofline_gb_per_second", "REAL", number(run.roof / 1e9)}, {"roofline_percent", "REAL", number(run.roof_percent(r))},
       {"tflop_per_second", "REAL", number(r.flops / ns.mean / 1e12)},
@@ -516,6 +583,29 @@ void pass_table(const Run& run, int depth) {
                           fixed(r.moved_per_second() / 1e9, 1), fixed(run.roof_percent(r), 1), fixed(r.speed().mean, 1), fixed(run.time_ratio(r), 3),
                           fixed(run.bytes_ratio(r), 3), fixed(run.time_ratio(r) / run.bytes_ratio(r), 3)});
     }
+}
+
+void draft_tables(const Run& run, int depth) {
+  const auto any = [&](Result::Kind kind) { return std::ranges::any_of(run.results, [&](const Result& r) { return r.kind == kind && r.depth == depth; }); };
+  if (any(Result::Cost)) {
+    std::cout << '\n' << run.label << ": what guessing ahead takes, depth " << depth << "\n\n";
+    const std::vector<Column> columns = {{"", 30, true}, {"ms", 8}, {"x pass of 1", 11}};
+    table_head(columns);
+    double one = NAN;
+    for (const Result& r : run.results)
+      if (r.kind == Result::Cost && r.depth == depth && r.rows == 1) one = r.seconds[0];
+    for (const Result& r : run.results)
+      if (r.kind == Result::Cost && r.depth == depth)
+        table_row(columns, {r.name.substr(0, r.name.find(" @ d")), fixed(1e3 * r.seconds[0], 3), fixed(r.seconds[0] / one, 3)});
+  }
+  if (!any(Result::Draft)) return;
+  std::cout << '\n' << run.label << ": generating with guesses that are right by lottery, depth " << depth << "\n\n";
+  const std::vector<Column> columns = {{"right", 5}, {"guesses", 7}, {"tokens/step", 11}, {"t/s", 19}, {"x plain", 7}};
+  table_head(columns);
+  for (const Result& r : run.results)
+    if (r.kind == Result::Draft && r.depth == depth)
+      table_row(columns, {fixed(r.acceptance, 2), r.drafts < 0 ? "auto" : std::to_string(r.drafts), fixed(r.per_step, 2),
+                          fixed(r.speed().mean, 2) + " ± " + fixed(r.speed().sd, 2), fixed(run.speed_up(r), 3)});
 }
 
 void operation_table(const Run& run, int depth, int rows) {
@@ -609,6 +699,7 @@ class Output {
       for (const Run& run : runs) {
         for (int depth : std::set<int>(a.depths.begin(), a.depths.end())) {
           pass_table(run, depth);
+          draft_tables(run, depth);
           for (int rows : std::set<int>(a.ops.begin(), a.ops.end())) operation_table(run, depth, rows);
         }
         notes(run);
@@ -669,6 +760,7 @@ int positions(const Args& a) {
     for (int v : *list) made = std::max(made, v);
   for (const auto& [p, n] : a.both) read = std::max(read, p + n);
   const int depth = *std::ranges::max_element(a.depths);
+  if (!a.acceptance.empty()) made = std::max(made, 64);
   return std::max(depth + read, std::max(depth, 1) + made);
 }
 

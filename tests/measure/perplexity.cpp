@@ -463,7 +463,7 @@ void routing(Engine& engine, int tokens, Report& report) {
 // ---- the program --------------------------------------------------------------------------------------------------------
 
 int run(Args a) {
-  a.options.mtp = false;
+  a.options.mtp = false, a.options.draft = 0;  // nothing is generated
   if (a.against.empty() && !a.no_mtp)
     for (const std::string& path : a.checks) a.options.mtp |= qn::SafeTensors::open_file(path).find("mtp_logits") != nullptr;
   Engine engine = Engine::open(a.model, a.options, qn::progress_bars("B"));
