@@ -11,7 +11,6 @@
 #include <bit>
 #include <chrono>
 #include <cmath>
-#include <cstdlib>
 #include <deque>
 #include <utility>
 
@@ -29,6 +28,7 @@
 #include "ggml-lite/nn/chooser.h"             // Chooser
 #include "ggml-lite/nn/decoder.h"             // Decoder
 #include "ggml-lite/nn/draft.h"               // parse_draft
+#include "ggml-lite/nn/expert_offload.h"      // ExpertOffload
 #include "ggml-lite/nn/gated_attention.h"     // gated_attention
 #include "ggml-lite/nn/gated_delta_net.h"     // gated_delta_net
 #include "ggml-lite/nn/hybrid_state.h"        // StateShape
@@ -75,6 +75,11 @@ std::span<const OptionRow> options_table() {
       {"--isa", "LEVEL", "CPU kernels: auto, scalar, avx2, avx512",
        [](Options& o, const std::string& v) { o.isa = parse_choice(v, "--isa", {"auto", "scalar", "avx2", "avx512"}); }},
       {"--ram", "SIZE", "memory this process may use, e.g. 24G (GiB)", [](Options& o, const std::string& v) { o.ram = qn::parse_size(v, "--ram"); }},
+      {"--vram", "SIZE", "memory of the GPU to use, e.g. 24G (GiB), of several 24G,16G; experts that do not fit stay in memory of the host",
+       [](Options& o, const std::string& v) { o.vram = qn::parse_sizes(v, "--vram"); }},
+      {"--slots", "N", "experts of every layer on the GPU (default: what fits)", [](Options& o, const std::string& v) { o.slots = parse_count(v, "--slots", 1, qn::kMaxExperts); }},
+      {"--fetch", "PERCENT", "of a token's experts that are not on the GPU: how many it fetches; the CPU computes the others (default 25)",
+       [](Options& o, const std::string& v) { o.fetch = parse_count(v, "--fetch", 0, 100); }},
       {"--draft", "N", "guess N tokens ahead and check them in one pass: 0 to 7, or auto: as many as pay (default)", [](Options& o, const std::string& v) { o.draft = qn::parse_draft(v); }},
       {"--no-draft", "", "guess nothing", [](Options& o, const std::string&) { o.draft = 0; }},
       {"--no-graph", "", "GPU: launch and wait for every operation by itself (to find a failing one)", [](Options& o, const std::string&) { o.graph = false; }},
@@ -217,6 +222,9 @@ struct Part {
   std::unique_ptr<Device> device;  // outlives what is placed on it
   int begin = 0, end = 0;
   bool first = false, last = false;
+  uint64_t placed = 0;             // bytes of its weights that are always there
+  int slots = 0;                   // experts of every layer that are there; 0: all
+  std::unique_ptr<qn::ExpertOffload> offload;  // for the others
   Buffer inv_freq;                 // (R/2)
   Buffer reserved;                 // what the plan keeps for a session, until there is one: the plan of the next engine must not count on it
 };
@@ -229,9 +237,9 @@ class Binder {
 
   void bind() {
     const bool tied = !f_.find("head");
-    device_ = parts_.front().device.get();
+    at(parts_.front());
     m_.embed = m_.mtp.embed = weight("embed", i_.vocab, i_.width, kExact);
-    device_ = parts_.back().device.get();
+    at(parts_.back());
     if (parts_.size() > 1 && (tied || mtp_)) m_.mtp.embed = weight("embed", i_.vocab, i_.width, kExact);
     per_token_ = tied ? f_.find("embed")->bytes : 0;  // one row of the embedding is nothing
     m_.norm = vec("norm", i_.width);
@@ -239,7 +247,7 @@ class Binder {
     i_.rest_format = format_of(m_.head.dtype, m_.head.group);
     for (const Part& part : parts_)
       for (int n = part.begin; n < part.end; n++) {
-        device_ = part.device.get();
+        at(part);
         m_.layers.push_back(layer("layers." + std::to_string(n) + ".", m_.attention[static_cast<size_t>(n)]));
       }
     i_.experts_format = format_of(m_.layers[0].moe.experts.dtype, m_.layers[0].moe.experts.group);
@@ -258,6 +266,7 @@ class Binder {
   static constexpr DType kRest[] = {DType::BF16, DType::INT8, DType::F32};
   static constexpr DType kF32[] = {DType::F32};
 
+  void at(const Part& part) { device_ = part.device.get(), slots_ = part.slots; }
   void* place(const std::string& name, const void* mapped) { return unused_ ? nullptr : loader_.place(*device_, *f_.find(name), mapped); }
   Tensor placed(const std::string& name, Tensor t) {  // t: what the file has under that name
     t.data = place(name, t.data);
@@ -297,7 +306,7 @@ class Binder {
     l.moe.shared_down = weight(p + "moe.shared_down", d, i_.shared_width, kRest);
     l.moe.experts = f_.experts(p + "moe.experts", i_.experts, d, i_.expert_width);
     const int64_t one = l.moe.experts.layout().bytes;
-    l.moe.experts.data = static_cast<const uint8_t*>(place(p + "moe.experts", l.moe.experts.data));
+    if (!slots_) l.moe.experts.data = static_cast<const uint8_t*>(place(p + "moe.experts", l.moe.experts.data));
     per_token_ += static_cast<uint64_t>(i_.chosen) * static_cast<uint64_t>(one);
     l.moe.chosen = i_.chosen, l.moe.renormalise = m_.renormalise;
     return l;
@@ -307,27 +316,13 @@ class Binder {
   qn::Loader& loader_;
   std::span<Part> parts_;
   Device* device_ = nullptr;  // where things are placed now
+  int slots_ = 0;             // for how many experts of a layer there is room; 0: all
   Model& m_;
   ModelInfo& i_;
   const bool mtp_;
   bool unused_ = false;
   uint64_t per_token_ = 0;
 };
-
-// Bytes that place() will be asked for
-static qn::LayerBytes placed_bytes(const QnFile& f, int layers, bool mtp, bool several) {
-  qn::LayerBytes b{std::vector<uint64_t>(static_cast<size_t>(layers)), 0, 0};
-  for (const qn::QnTensor& t : f.tensors()) {
-    const auto bytes = static_cast<uint64_t>(qn::round_up(static_cast<int64_t>(t.bytes), Device::kPlaceAlign));
-    if (t.name.starts_with("layers.")) {
-      if (const auto n = std::strtoull(t.name.c_str() + 7, nullptr, 10); n < b.layers.size()) b.layers[n] += bytes;
-    }
-    if (t.name == "embed") b.front += bytes;
-    if (t.name == "norm" || t.name == "head" || (mtp && t.name.starts_with("mtp."))) b.back += bytes;
-    if (t.name == "embed" && several && (mtp || !f.find("head"))) b.back += bytes;
-  }
-  return b;
-}
 
 // ---- 3. the machine -----------------------------------------------------------------------------------------------------
 
@@ -343,8 +338,7 @@ static std::vector<qn::DeviceName> device_names(const Options& o) {
 static std::unique_ptr<Device> make_device(const qn::DeviceName& name, const Options& o) {
   if (name.kind == "ref") return qn::make_ref_device();
   if (name.kind == "cuda") return qn::make_cuda_device(name.index, o.graph);
-  const qn::Isa isa = o.isa == "scalar" ? qn::Isa::Scalar : o.isa == "avx2" ? qn::Isa::Avx2 : o.isa == "avx512" ? qn::Isa::Avx512 : qn::Isa::Auto;
-  return qn::make_cpu_device(o.threads, isa);
+  return qn::make_cpu_device(o.threads, qn::isa_named(o.isa));
 }
 
 std::vector<std::string> list_devices() {
@@ -363,8 +357,8 @@ static Act parse_act(const Options& o, bool gpu) {
 }
 
 constexpr int kRecorded = 8;                          // steps of up to this many tokens are recorded, one recording for each number
+constexpr int kStagingPays = 96;                      // tokens for which it is worth bringing every expert to a GPU, where they do not all fit
 constexpr int kLogitRows = 16;                        // rows of logits computed at once when all are wanted
-constexpr uint64_t kCheckpointBytes = 1ull << 30;     // memory for checkpoints of the recurrent state
 
 // Of the layers [begin, end); behind the last layer comes the multi-token-prediction layer
 static qn::StateShape state_shape(const Model& m, int begin, int end, int ctx, DType kv_type, bool mtp, int draft = 0) {
@@ -380,9 +374,9 @@ static qn::StateShape state_shape(const Model& m, int begin, int end, int ctx, D
   return s;
 }
 
-// Of the whole model: each part keeps as many, of its own layers
-static uint64_t checkpoints_kept(const Model& m, DType kv_type) {
-  return qn::HybridState::checkpoints_kept(state_shape(m, 0, m.info.layers, 1, kv_type, false), kCheckpointBytes);
+// Of the whole model, in a 64th of the memory: each part keeps as many, of its own layers
+static uint64_t checkpoints_kept(const Model& m, DType kv_type, uint64_t memory) {
+  return qn::HybridState::checkpoints_kept(state_shape(m, 0, m.info.layers, 1, kv_type, false), std::min<uint64_t>(1ull << 30, memory / 64));
 }
 
 static uint64_t scratch_floats(const Model& m, int64_t t, bool last) {
@@ -393,7 +387,7 @@ static uint64_t scratch_floats(const Model& m, int64_t t, bool last) {
 // Cuts the layers between the parts, and plans the memory of each.
 static Plan make_plan(const QnFile& file, const Model& m, const Options& o, DType kv_type, bool mtp, std::span<Part> parts, std::span<const uint64_t> budgets) {
   Plan plan{};
-  const qn::LayerBytes bytes = placed_bytes(file, m.info.layers, mtp, parts.size() > 1);
+  const qn::LayerBytes bytes = qn::placed_bytes(file, m.info.layers, mtp, parts.size() > 1);
   if (!o.split.empty()) qn::check_split(o.split, parts.size(), m.info.layers);
   else if (parts.size() > bytes.layers.size()) fail("--device %s: expected at most %zu devices, one per layer, got %zu", o.device.c_str(), bytes.layers.size(), parts.size());
   const std::vector<int> split = o.split.empty() ? qn::split_layers(bytes, budgets) : o.split;
@@ -407,8 +401,13 @@ static Plan make_plan(const QnFile& file, const Model& m, const Options& o, DTyp
     r.file = file.path(), r.device = part.device->name(), r.own_memory = part.device->memory() > 0;
     r.budget = budgets[i];
     r.weights = (part.first ? bytes.front : 0) + (part.last ? bytes.back : 0);
-    for (int n = part.begin; n < part.end; n++) r.weights += bytes.layers[static_cast<size_t>(n)];
-    r.state = one.recurrent_bytes() * (1 + checkpoints_kept(m, kv_type)) + one.states_bytes() + (part.last ? qn::Decoder::bytes(m.info.width) : 0);
+    for (auto n = static_cast<size_t>(part.begin); n < static_cast<size_t>(part.end); n++) r.weights += bytes.layers[n], r.experts += bytes.experts[n];
+    if (part.last) r.experts += bytes.back_experts;
+    if (!r.own_memory) r.experts = 0;
+    r.expert_count = m.info.experts, r.slots = o.slots;
+    r.expert_memory = [experts = file.experts("layers.0.moe.experts", m.info.experts, m.info.width, m.info.expert_width), layers = part.end - part.begin + (mtp && part.last)](
+                          int slots) { return qn::ExpertOffload::device_bytes(layers, experts, slots); };
+    r.state = one.recurrent_bytes() * (1 + checkpoints_kept(m, kv_type, *std::ranges::min_element(budgets))) + one.states_bytes() + (part.last ? qn::Decoder::bytes(m.info.width) : 0);
     r.per_position = one.kv_bytes();
     r.model_context = m.info.context, r.ctx = o.ctx, r.ubatch = o.ubatch;
     r.scratch = [&m, &part, kv_type](int ubatch, int ctx) {
@@ -421,7 +420,8 @@ static Plan make_plan(const QnFile& file, const Model& m, const Options& o, DTyp
   for (size_t i = 0; i < parts.size(); i++) {
     const qn::MemoryPlan& p = memory[i];
     plan.device += (i ? " + " : "") + requests[i].device;
-    plan.devices.push_back({requests[i].device, parts[i].begin, parts[i].end, p.weights, p.kv, p.state, p.scratch, budgets[i]});
+    plan.devices.push_back({requests[i].device, parts[i].begin, parts[i].end, p.weights, p.kv, p.state, p.scratch, p.slots, budgets[i]});
+    parts[i].placed = p.placed, parts[i].slots = p.slots;
     plan.ctx = p.ctx, plan.ubatch = p.ubatch;
     plan.weights += p.weights, plan.kv += p.kv, plan.state += p.state, plan.scratch += p.scratch, plan.budget += budgets[i];
   }
@@ -436,9 +436,11 @@ struct Engine::Impl {
   std::vector<Part> parts;         // a device of each name
   Model model;
   Plan plan;
-  Act act = Act::F32;
+  Act act = Act::F32, placed_act = Act::F32;  // the latter: of experts in steps of few tokens, where the CPU may compute some
   DType kv_type = DType::BF16;
   bool mtp = false;
+  uint64_t checkpoints = 0;
+  std::unique_ptr<qn::ExpertHost> host;  // of the parts that leave experts to it
   int draft = 0;
   Buffer allowed;  // (V) U8, on the last device: ids that have a token; empty without a tokenizer
   qn::LoadReport loaded;
@@ -450,6 +452,13 @@ struct Engine::Impl {
     std::vector<Device*> d;
     for (const Part& p : parts) d.push_back(p.device.get());
     return d;
+  }
+  void place_slots(Part& part, qn::Loader& loader, const qn::OffloadShape& shape, uint64_t ram) {
+    std::vector<std::pair<qn::Experts*, const qn::QnTensor*>> layers;
+    for (int i = part.begin; i < part.end; i++)
+      layers.emplace_back(&model.layers[static_cast<size_t>(i)].moe.experts, file.find("layers." + std::to_string(i) + ".moe.experts"));
+    if (mtp && part.last) layers.emplace_back(&model.mtp_layer.moe.experts, file.find("mtp.layer.moe.experts"));
+    part.offload = qn::offload_experts(*part.device, *host, layers, loader, shape, ram);
   }
   void read_tokenizer() {
     const qn::QnTensor* t = file.find("tokenizer");
@@ -477,7 +486,12 @@ Engine Engine::open(const std::string& path, const Options& options, const Progr
   e->draft = options.draft, e->mtp = (options.mtp || options.draft) && e->model.info.mtp;
   for (const qn::DeviceName& name : e->names) e->parts.emplace_back().device = make_device(name, options);
   const uint64_t ram = options.ram ? std::min(options.ram, qn::available_ram()) : qn::available_ram();
-  e->plan = make_plan(e->file, e->model, options, e->kv_type, e->mtp, e->parts, qn::memory_budgets(e->devices(), e->names, ram));
+  std::vector<uint64_t> budgets = qn::memory_budgets(e->devices(), e->names, ram);
+  for (size_t i = 0; i < budgets.size() && !options.vram.empty(); i++) budgets[i] = std::min(budgets[i], options.vram[std::min(i, options.vram.size() - 1)]);
+  e->plan = make_plan(e->file, e->model, options, e->kv_type, e->mtp, e->parts, budgets);
+  e->checkpoints = checkpoints_kept(e->model, e->kv_type, *std::ranges::min_element(budgets));
+  const bool offload = std::ranges::any_of(e->parts, [](const Part& p) { return p.slots > 0; });
+  e->placed_act = offload && !options.act ? Act::INT8 : e->act;
   e->plan.act = qn::name(e->act), e->plan.kv_type = qn::name(e->kv_type);
   const int threads = options.threads > 0 ? options.threads : qn::default_threads();
   auto report = [&](const char* what) {
@@ -486,9 +500,13 @@ Engine Engine::open(const std::string& path, const Options& options, const Progr
     };
   };
   for (size_t i = 0; i < e->parts.size(); i++)
-    if (Device& d = *e->parts[i].device; d.memory()) d.reserve_weights(e->plan.devices[i].weights);
+    if (Device& d = *e->parts[i].device; d.memory()) d.reserve_weights(e->parts[i].placed);
   qn::Loader loader(e->file);
   Binder(e->file, loader, e->parts, e->model, e->mtp).bind();
+  // The host has a thread fewer, for who waits for tokens; they stay awake from layer to layer
+  if (offload) e->host = std::make_unique<qn::ExpertHost>(qn::make_cpu_device(std::max(1, threads - 1), qn::isa_named(options.isa), 1000));
+  for (Part& part : e->parts)
+    if (part.slots) e->place_slots(part, loader, {part.slots, e->model.info.chosen, options.fetch, e->placed_act}, ram);
   if (options.verify == Verify::Yes || (options.verify == Verify::Auto && e->file.size() < 1ull << 30))
     e->file.verify(threads, report("verifying"), [&](const qn::QnTensor& t) { return !loader.copies(t); });
   e->loaded = loader.load(std::min(threads, 16), options.verify != Verify::No, report("loading"));
@@ -533,6 +551,11 @@ MemoryUse Engine::memory_use() const {
   const auto [used, total] = qn::memory_in_use(impl_->devices(), impl_->names);
   return {used, total};
 }
+OffloadUse Engine::offload_use() const {
+  if (!impl_->host) return {};
+  const qn::ExpertHost::Counts c = impl_->host->counts();
+  return {std::ranges::all_of(impl_->parts, [](const Part& p) { return !p.offload || p.offload->pinned(); }), c.requests, c.experts, c.seconds};
+}
 std::string Engine::device_name() const { return impl_->parts.empty() ? "none" : impl_->plan.device; }
 bool Engine::has_tokenizer() const { return impl_->tokenizer.has_value(); }
 std::vector<int32_t> Engine::tokenize(std::string_view text, bool control) const { return impl_->text().encode(text, control); }
@@ -567,7 +590,7 @@ struct Session::Stage : qn::PipelineStage {
 
   Stage(Engine::Impl& engine, const Part& p, int t)
       : qn::PipelineStage(*p.device, state_shape(engine.model, p.begin, p.end, engine.plan.ctx, engine.kv_type, engine.mtp, engine.draft),
-                          checkpoints_kept(engine.model, engine.kv_type), t),
+                          engine.checkpoints, t),
         e(engine), m(engine.model), part(p), memory(device, scratch_floats(m, t, p.last)), scratch(m.dims(), t, memory) {
     const ModelInfo& i = m.info;
     h = memory.take(t, i.width);
@@ -575,6 +598,7 @@ struct Session::Stage : qn::PipelineStage {
       normed = memory.take(t, i.width), hidden = memory.take(t + 1, i.width), embedded = memory.take(t, i.width), logit_rows = memory.take(kLogitRows, i.vocab);
       chooser = qn::Chooser(device, e.allowed.data() ? view(e.allowed.data(), DType::U8, i.vocab) : Tensor(), e.plan.ctx, e.devices());
     }
+    if (part.offload) scratch.moe.box = part.offload->box();
     device.reserve(m.dims().limits(t, e.plan.ctx, e.kv_type));
   }
   ~Stage() { forget(); }
@@ -597,7 +621,7 @@ struct Session::Stage : qn::PipelineStage {
       qn::gated_attention(device, l.attn, scratch.attn, x, state.cache(i), rope(), at, m.eps, e.act);
     else
       qn::gated_delta_net(device, l.delta, scratch.delta, x, state.conv_ring(i), state.delta(i), keep ? state.states(i) : Tensor(), at, m.eps, e.act);
-    qn::sparse_moe(device, l.moe, scratch.moe, x, m.eps, e.act, e.act);
+    qn::sparse_moe(device, l.moe, scratch.moe, x, m.eps, e.act, part.offload && x.rows() <= qn::kPlacedTokens ? e.placed_act : e.act);
     trace(index, "experts", scratch.moe.ids.slice(0, x.rows()));
   }
 
@@ -621,6 +645,8 @@ struct Session::Stage : qn::PipelineStage {
       trace(-1, "embed", x);
     }
     for (int i = part.begin; i < part.end; i++) {
+      if (part.offload && n > qn::kPlacedTokens)  // a layer's experts come while the one before computes
+        for (int next = i == part.begin ? i : i + 1; next < std::min(i + 2, part.end); next++) device.stage_experts(m.layers[static_cast<size_t>(next)].moe.experts);
       run_layer(m.layers[static_cast<size_t>(i)], i, x, &step[0], keep);
       trace(i, "layer", x);
     }
@@ -695,6 +721,7 @@ struct Session::Impl {
   explicit Impl(Engine::Impl& engine)
       : e(engine), m(engine.model), ubatch(std::min(engine.plan.ubatch, engine.plan.ctx)), last(make_stages()),
         logits(static_cast<size_t>(m.info.vocab)) {
+    if (e.host) pipeline.before_pass = [this] { e.host->check(), e.host->expect(); };
     qn::DecoderModel d;
     last.give_to(d);
     d.pipeline = &pipeline, d.pass = [this](size_t i, int n) { stages[i].decode(n); }, d.key = kRecorded;
@@ -806,9 +833,7 @@ struct Session::Impl {
     return logits;
   }
 
-  void go_back(int to) {
-    tokens.resize(static_cast<size_t>(pipeline.restore(to))), stale = true;
-  }
+  void go_back(int to) { tokens.resize(static_cast<size_t>(pipeline.restore(to))), stale = true; }
 
   // Positions worth a checkpoint in tokens[from, end): where the last turn begins, for a next prompt that rewrites the answer
   // after it (a thinking model's thoughts are dropped from history), and the end.
@@ -841,8 +866,8 @@ struct Session::Impl {
         r.interrupted = true;
         break;
       }
-      const int from = position();
-      int end = std::min<int>(from + ubatch, static_cast<int>(all.size()));
+      const int from = position(), left = static_cast<int>(all.size()) - from;
+      int end = from + std::min(left, left <= kStagingPays && e.host ? qn::kPlacedTokens : ubatch);
       for (int mark : marks)
         if (mark > from) end = std::min(end, mark);
       tokens.insert(tokens.end(), all.begin() + from, all.begin() + end);
@@ -949,12 +974,8 @@ Session::Session(Engine& engine) {
 Session::Session(Session&&) noexcept = default;
 Session::~Session() = default;
 
-SyncResult Session::sync(std::span<const int32_t> tokens, const Progress& progress, const std::atomic<bool>* interrupt) {
-  return impl_->sync(tokens, progress, interrupt, nullptr);
-}
-SyncResult Session::sync_all(std::span<const int32_t> tokens, const std::function<void(int, std::span<const float>)>& each) {
-  return impl_->sync(tokens, {}, nullptr, &each);
-}
+SyncResult Session::sync(std::span<const int32_t> all, const Progress& progress, const std::atomic<bool>* stop) { return impl_->sync(all, progress, stop, nullptr); }
+SyncResult Session::sync_all(std::span<const int32_t> all, const std::function<void(int, std::span<const float>)>& each) { return impl_->sync(all, {}, nullptr, &each); }
 void Session::step(int32_t token) { impl_->step_one(token); }
 std::span<const float> Session::logits() const { return impl_->host_logits(); }
 const std::vector<int32_t>& Session::tokens() const { return impl_->tokens; }
@@ -964,14 +985,8 @@ int Session::rewind(int position) {
   if (position < impl_->position()) impl_->go_back(std::max(position, 0));
   return impl_->position();
 }
-void Session::clear() {
-  impl_->tokens.clear();
-  impl_->pipeline.reset();
-  impl_->stale = true;
-}
-GenerateResult Session::generate(const GenerateParams& params, const std::function<bool(const Delivery&)>& deliver) {
-  return impl_->generate(params, deliver);
-}
+void Session::clear() { impl_->tokens.clear(), impl_->pipeline.reset(), impl_->stale = true; }
+GenerateResult Session::generate(const GenerateParams& p, const std::function<bool(const Delivery&)>& deliver) { return impl_->generate(p, deliver); }
 Timings Session::timings() const { return impl_->timings; }
 void Session::pretend(int position, uint64_t seed) { impl_->pretend(position, seed); }
 std::vector<OpTime> Session::profile(std::span<const int32_t> tokens) { return impl_->profile(tokens); }

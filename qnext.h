@@ -48,6 +48,9 @@ struct Options {
   double rope_yarn = 0;             // YaRN: context of the model times this; 0: what the file says
   int ubatch = 0;                   // tokens per pass in prefill; 0: chosen by the plan
   uint64_t ram = 0;                 // bytes this process may use; 0: what the system allows
+  std::vector<uint64_t> vram;       // bytes of each GPU this process may use, the last number also of further ones; empty: what is free
+  int slots = 0;                    // experts of every layer on the GPU, where not all fit; 0: as many as there is room for
+  int fetch = 25;                   // experts that are not on the GPU: percent of those a token needs that it fetches; the CPU computes the others
   Verify verify = Verify::Auto;
   bool graph = true;                // GPU: decode is one recording, replayed
   int draft = -1;                   // tokens guessed ahead of each pass: 0 to 7; -1: as many as pay. The text is the same
@@ -88,6 +91,7 @@ struct DevicePlan {
   std::string device;
   int begin, end;                        // its layers: [begin, end)
   uint64_t weights, kv, state, scratch;  // bytes
+  int slots;                             // experts of every layer that are on it at a time, the others in memory of the host; 0: all
   uint64_t budget;                       // devices that share memory have an equal share of it each
 };
 struct Plan {
@@ -101,6 +105,12 @@ struct Plan {
 
 struct MemoryUse {
   uint64_t device_used, device_total;    // bytes of the GPUs: taken since the device was opened, and all; 0 on host devices
+};
+
+struct OffloadUse {  // experts that were not on the GPU and that the CPU computed so far; zero where all are there
+  bool pinned;       // the GPU can fetch experts itself
+  uint64_t steps, experts;
+  double seconds;
 };
 
 using Progress = std::function<void(std::string_view what, uint64_t done, uint64_t total)>;
@@ -130,6 +140,7 @@ class Engine {
   const qn::LoadReport& load_report() const;  // how the weights got to the device; zero where they are used as the file is mapped
   double read_bandwidth() const;              // bytes/s of a plain read of the memory that weights are in, measured now in what the plan leaves free
   MemoryUse memory_use() const;
+  OffloadUse offload_use() const;
 
   bool has_tokenizer() const;
   std::vector<int32_t> tokenize(std::string_view text, bool control) const;  // control: recognise "<|im_end|>" and the like

@@ -155,8 +155,7 @@ __device__ __forceinline__ void copy_tiles(const Attn& a, int head, int keys, in
     copy_async_commit();
     copy_async_wait<0>();
     publish_to_products();
-    __syncwarp();
-    if (lane == 0) arrive(full + slot);
+    arrive(full + slot);  // every lane for what it has copied
     at += 2;
     if (at >= kPlaces) at -= kPlaces, parity ^= 1;
   }
@@ -242,7 +241,7 @@ __global__ __launch_bounds__(kThreads, 1) void attn_wgmma_k([[maybe_unused]] con
   const int first = tile * each, stop = min(first + each, a.tokens);
   const int warp = __shfl_sync(0xffffffffu, static_cast<int>(threadIdx.x >> 5), 0), lane = static_cast<int>(threadIdx.x & 31);
   if (threadIdx.x == 0) {
-    for (int i = 0; i < kSlots; i++) init_barrier(full + i, 1), init_barrier(empty + i, 8);
+    for (int i = 0; i < kSlots; i++) init_barrier(full + i, 32), init_barrier(empty + i, i < kSlots - 1 ? 8 : 8 * 32);
     publish_barriers();
   }
   __syncthreads();
@@ -259,10 +258,10 @@ __global__ __launch_bounds__(kThreads, 1) void attn_wgmma_k([[maybe_unused]] con
   const auto release = [&](Place x, int half) {
     if (lane == 0) arrive(empty + 2 * x.at + half);
   };
-  // The last slot is where rows of q are normed: empty afterwards.
+  // The last slot is where rows of q are normed: empty when every lane says so. From then on one lane of a warp speaks for all, as for the others.
   for (int i = 0; i < kSlots - 1; i++) release({i / 2, 0}, i % 2);
   load_queries(a, head, first, stop, pos, warp - 4, reinterpret_cast<float*>(ring + (kSlots - 1) * kSlot) + (warp - 4) * kWidth, hi, lo);
-  release({kPlaces - 1, 0}, 1);
+  lane == 0 ? arrive(empty + kSlots - 1) : arrive_and_drop(empty + kSlots - 1);
   publish_to_products();
   asm volatile("bar.sync %0, %1;" ::"r"(1 + part), "n"(kGroupThreads) : "memory");
 

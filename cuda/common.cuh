@@ -98,6 +98,10 @@ __device__ __forceinline__ void publish_barriers() {
 __device__ __forceinline__ void arrive(Barrier* b) {
   asm volatile("{\n.reg .b64 t;\nmbarrier.arrive.shared.b64 t, [%0];\n}" ::"r"(shared_address(b)) : "memory");
 }
+// The same, and later phases want one arrival fewer
+__device__ __forceinline__ void arrive_and_drop(Barrier* b) {
+  asm volatile("{\n.reg .b64 t;\nmbarrier.arrive_drop.shared.b64 t, [%0];\n}" ::"r"(shared_address(b)) : "memory");
+}
 // By a whole warp: until the phase of this parity has ended; the phase before the first counts as one of parity 1.
 __device__ __forceinline__ void wait_barrier(const Barrier* b, uint32_t parity) {
   uint32_t done = 0;

@@ -7,6 +7,7 @@
 #include <algorithm>
 #include <cstring>
 #include <map>
+#include <memory>
 #include <vector>
 
 #include "cuda/common.cuh"
@@ -42,6 +43,102 @@ void check_blas(cublasStatus_t s, const char* what) {
   if (s != CUBLAS_STATUS_SUCCESS) fail("cuda: %s: %s", what, cublasGetStatusString(s));
 }
 
+// Where many tokens find experts that have no slot: two buffers, filled in turn by a stream of its own while the layer before computes.
+//
+//   copies:   wait until the buffer is free . records without a slot . table of addresses . filled
+//   compute:                                                        wait until filled . D5 . D6 . free
+class Staging {
+ public:
+  // slot_of: where the device keeps the slots of all experts of all layers (ExpertHome::slot_of lies in it)
+  Staging(Device& device, int64_t records, int64_t record_bytes, int experts, std::span<const int32_t> slot_of)
+      : records_(records), bytes_(record_bytes), experts_(experts), device_slots_(slot_of), slots_(slot_of.size()) {
+    check(cudaStreamCreateWithFlags(&stream_, cudaStreamNonBlocking), "staging: cudaStreamCreate");
+    check(cudaHostAlloc(&tables_, 2 * sizeof(uint8_t*) * static_cast<size_t>(experts), cudaHostAllocDefault), "staging: cudaHostAlloc");
+    for (Side& s : sides_) {
+      s.records = device.alloc(static_cast<size_t>(records * record_bytes), "experts on their way");
+      s.at = device.alloc(sizeof(uint8_t*) * static_cast<size_t>(experts), "addresses of experts");
+      check(cudaEventCreateWithFlags(&s.filled, cudaEventDisableTiming), "staging: cudaEventCreate");
+      check(cudaEventCreateWithFlags(&s.free, cudaEventDisableTiming), "staging: cudaEventCreate");
+    }
+  }
+  ~Staging() {
+    cudaStreamSynchronize(stream_);
+    for (Side& s : sides_) cudaEventDestroy(s.filled), cudaEventDestroy(s.free);
+    cudaFreeHost(tables_);
+    cudaStreamDestroy(stream_);
+  }
+  Staging(const Staging&) = delete;
+
+  void places_move() { stale_ = true; }  // an operation that moves experts has been asked for
+
+  void bring(const Context& c, const Experts& e) {
+    const ExpertHome& home = *e.home;
+    if (stale_) {
+      check(cudaMemcpyAsync(slots_.data(), device_slots_.data(), device_slots_.size_bytes(), cudaMemcpyDeviceToHost, c.stream), "staging: places");
+      check(cudaStreamSynchronize(c.stream), "staging: places");
+      stale_ = false;
+    }
+    next_ ^= 1;
+    Side& s = sides_[next_];
+    check(cudaEventSynchronize(s.filled), "staging: copies");  // the table of two layers ago has been read
+    check(cudaStreamWaitEvent(stream_, s.free), "staging");
+    const int32_t* slot = slots_.data() + (home.slot_of - device_slots_.data());
+    const uint8_t** table = tables_ + next_ * experts_;
+    const uint8_t* from = home.host ? home.host : e.data;
+    uint8_t* to = static_cast<uint8_t*>(s.records.data());
+    int64_t used = 0;
+    for (int i = 0; i < experts_;) {
+      if (slot[i] >= 0) {
+        table[i] = home.slots + slot[i] * bytes_, i++;
+        continue;
+      }
+      int n = 0;
+      for (; i + n < experts_ && slot[i + n] < 0; n++) table[i + n] = to + (used + n) * bytes_;
+      QN_CHECK(used + n <= records_, "staging: room for %lld experts", static_cast<long long>(records_));
+      check(cudaMemcpyAsync(to + used * bytes_, from + i * bytes_, static_cast<size_t>(n * bytes_), cudaMemcpyHostToDevice, stream_), "staging: experts");
+      used += n, i += n;
+    }
+    check(cudaMemcpyAsync(s.at.data(), table, sizeof(uint8_t*) * static_cast<size_t>(experts_), cudaMemcpyHostToDevice, stream_), "staging: addresses");
+    check(cudaEventRecord(s.filled, stream_), "staging");
+    s.home = &home;
+  }
+
+  // The addresses of all experts of a layer, for what `c` is asked to do from here on
+  const uint8_t** addresses(const Context& c, const Experts& e) {
+    Side* s = side(e);
+    if (!s) bring(c, e), s = side(e);
+    check(cudaStreamWaitEvent(c.stream, s->filled), "staging");
+    return static_cast<const uint8_t**>(s->at.data());
+  }
+  void release(const Context& c, const Experts& e) {
+    Side* s = side(e);
+    check(cudaEventRecord(s->free, c.stream), "staging");
+    s->home = nullptr;
+  }
+
+ private:
+  struct Side {
+    Buffer records, at;
+    cudaEvent_t filled = nullptr, free = nullptr;
+    const ExpertHome* home = nullptr;  // whose records are in it or on their way
+  };
+  Side* side(const Experts& e) {
+    for (Side& s : sides_)
+      if (s.home == e.home) return &s;
+    return nullptr;
+  }
+
+  const int64_t records_, bytes_;
+  const int experts_;
+  const std::span<const int32_t> device_slots_;
+  std::vector<int32_t> slots_;  // copy of those
+  bool stale_ = true;
+  cudaStream_t stream_ = nullptr;
+  const uint8_t** tables_ = nullptr;  // pinned, (2, E)
+  Side sides_[2];
+  int next_ = 0;
+};
+
 class CudaDevice final : public Device {
  public:
   CudaDevice(int index, bool graphs) : index_(index), graphs_(graphs), name_(format("cuda:%d", index)) {
@@ -71,10 +168,12 @@ class CudaDevice final : public Device {
   ~CudaDevice() override {
     cudaSetDevice(index_);
     cudaStreamSynchronize(context_.stream);
+    incoming_ = nullptr;
     for (auto& [key, r] : recordings_)
       if (r.graph) cudaGraphExecDestroy(r.graph);
     for (void* p : {static_cast<void*>(context_.scratch), static_cast<void*>(weights_), static_cast<void*>(fixed_)}) cudaFree(p);
-    for (Mail* m : mail_) cudaFreeHost(m);
+    for (void* p : shared_) cudaFreeHost(p);
+    for (const void* p : mapped_) cudaHostUnregister(const_cast<void*>(p));
     cudaFreeHost(staging_);
     cudaEventDestroy(asked_);
     for (cudaEvent_t e : passes_) cudaEventDestroy(e);
@@ -193,18 +292,42 @@ class CudaDevice final : public Device {
     return true;
   }
   Mail* alloc_mail() override {
+    return static_cast<Mail*>(alloc_host(sizeof(Mail)));
+  }
+  void* alloc_host(size_t bytes) override {
     make_current();
-    Mail* m = nullptr;
-    check(cudaHostAlloc(&m, sizeof(Mail), cudaHostAllocMapped), "cudaHostAlloc");
-    std::memset(m, 0, sizeof *m);
-    mail_.push_back(m);
-    return m;
+    void* p = nullptr;
+    cuda::check(cudaHostAlloc(&p, bytes, cudaHostAllocMapped), "cudaHostAlloc");
+    std::memset(p, 0, bytes);
+    shared_.push_back(p);
+    return p;
+  }
+  const uint8_t* map_host(const void* host, uint64_t bytes) override {
+    make_current();
+    void* seen = nullptr;
+    if (cudaHostRegister(const_cast<void*>(host), bytes, cudaHostRegisterMapped | cudaHostRegisterReadOnly) != cudaSuccess) {
+      cudaGetLastError();
+      return nullptr;
+    }
+    mapped_.push_back(host);
+    cuda::check(cudaHostGetDevicePointer(&seen, const_cast<void*>(host), 0), "cudaHostGetDevicePointer");
+    return static_cast<const uint8_t*>(seen);
+  }
+  void reserve_staging(int64_t records, int64_t record_bytes, int experts, std::span<const int32_t> slot_of) override {
+    make_current();
+    incoming_ = std::make_unique<Staging>(*this, records, record_bytes, experts, slot_of);
+  }
+  void stage_experts(const Experts& e) override {
+    make_current();
+    QN_CHECK(incoming_ && e.home, "stage_experts: no staging memory, or experts that are all here");
+    incoming_->bring(context_, e);
   }
   bool samples() const override { return true; }
 
   // ---- scratch
   uint64_t scratch_bytes(const OpLimits& l) const override {
-    size_t most = std::max({matvec_scratch(l), matmul_scratch(l), moe_scratch(l), moe_prefill_scratch(l), delta_net_scratch(l), attention_scratch(l)});
+    size_t most = std::max({matvec_scratch(l), matmul_scratch(l), moe_scratch(l), moe_prefill_scratch(l), delta_net_scratch(l), attention_scratch(l),
+                            place_experts_scratch(l)});
     most = std::max(most, sample_scratch(std::max<int64_t>(l.vocab, 1)));
     return (most + 255) / 256 * 256;
   }
@@ -222,6 +345,7 @@ class CudaDevice final : public Device {
   // ---- recordings
   void recorded(const void* owner, uint64_t key, const std::function<void()>& body) override {
     make_current();
+    if (incoming_) incoming_->places_move();
     Recording* r = graphs_ ? &recordings_[{owner, key}] : nullptr;
     if (!r || !r->warm) {
       body();
@@ -314,6 +438,26 @@ class CudaDevice final : public Device {
   }
   static bool few(int64_t t) { return t <= kFewTokens; }
 
+  // Experts of an operation over many tokens: all of them within reach
+  class Staged {
+   public:
+    Staged(CudaDevice& d, const Experts& e) : device_(d), asked_(e), experts_(e) {
+      if (!e.home) return;
+      home_ = *e.home, home_.at = d.incoming_->addresses(d.context_, e);
+      experts_.home = &home_;
+    }
+    const Experts& experts() const { return experts_; }
+    void release() const {  // they have been used
+      if (asked_.home) device_.incoming_->release(device_.context_, asked_);
+    }
+
+   private:
+    CudaDevice& device_;
+    const Experts& asked_;
+    ExpertHome home_;
+    Experts experts_;
+  };
+
   void do_embed(const EmbedArgs& a) override { cuda::embed(context_, a), done("embed"); }
   void do_norm_matmul(const NormMatmulArgs& a) override {
     few(a.h.rows()) ? matvec_norm(context_, a) : matmul_norm(context_, a);
@@ -338,17 +482,33 @@ class CudaDevice final : public Device {
   }
   static bool prefill(Act act, const Experts& e) { return act == Act::BF16 && e.dtype != DType::F32; }
   void do_moe_gate_up(const MoeGateUpArgs& a) override {
-    if (few(a.x.rows())) moe_few_gate_up(context_, a);
-    else if (prefill(a.act, a.experts)) moe_prefill_gate_up(context_, a);
-    else moe_exact_gate_up(context_, a);
+    if (few(a.x.rows())) {
+      moe_few_gate_up(context_, a);
+    } else {
+      const Staged here(*this, a.experts);
+      MoeGateUpArgs b = a;
+      b.experts = here.experts();
+      prefill(a.act, a.experts) ? moe_prefill_gate_up(context_, b) : moe_exact_gate_up(context_, b);
+    }
     done("moe_gate_up");
   }
   void do_moe_down(const MoeDownArgs& a) override {
-    if (few(a.h.rows())) moe_few_down(context_, a);
-    else if (prefill(a.act, a.experts)) moe_prefill_down(context_, a);
-    else moe_exact_down(context_, a);
+    if (few(a.h.rows())) {
+      moe_few_down(context_, a);
+    } else {
+      const Staged here(*this, a.experts);
+      MoeDownArgs b = a;
+      b.experts = here.experts();
+      prefill(a.act, a.experts) ? moe_prefill_down(context_, b) : moe_exact_down(context_, b);
+      here.release();
+    }
     done("moe_down");
   }
+  void do_place_experts(const PlaceExpertsArgs& a) override {
+    if (incoming_) incoming_->places_move();
+    cuda::place_experts(context_, a), done("place_experts");
+  }
+  void do_join_experts(const JoinExpertsArgs& a) override { cuda::join_experts(context_, a), done("join_experts"); }
   void do_concat_matmul(const ConcatMatmulArgs& a) override {
     few(a.a.rows()) ? matvec_concat(context_, a) : matmul_concat(context_, a);
     done("concat_matmul");
@@ -362,7 +522,9 @@ class CudaDevice final : public Device {
   uint8_t *fixed_ = nullptr, *weights_ = nullptr, *staging_ = nullptr;
   uint64_t weight_bytes_ = 0, placed_ = 0;
   size_t staged_ = 0, free_at_start_ = 0;
-  std::vector<Mail*> mail_;
+  std::vector<void*> shared_;          // of alloc_host()
+  std::vector<const void*> mapped_;    // of map_host()
+  std::unique_ptr<Staging> incoming_;   // of reserve_staging()
   cudaEvent_t asked_ = nullptr;              // of copies between devices: see copy_from()
   cudaEvent_t passes_[kPasses] = {};         // ends of the last passes: see keep_up()
   uint64_t passed_ = 0;

@@ -36,6 +36,8 @@ struct Product {
   float* y;                   // rows ldy apart
   const GemmItem* items;      // null: one matrix, tokens in order
   const int32_t* order;
+  const uint8_t* const* at;   // (E) or null: where the experts are, instead of at w + e * w_stride,
+  int64_t at_offset;          // and where in a record the matrix is
   int64_t ldx, ldy, w_stride; // w_stride: bytes from expert to expert
   int n, k;
   int group_shift;            // T16: a group is 1 << group_shift values
@@ -282,7 +284,7 @@ __global__ void __launch_bounds__(kThreads, 2) gemm_k(const Product p) {
     rows[i] = i >= item.count ? -1 : p.order ? p.order[item.first + i] : item.first + i;
   __syncthreads();
 
-  const uint8_t* matrix = p.w + item.expert * p.w_stride;
+  const uint8_t* matrix = p.at ? p.at[item.expert] + p.at_offset : p.w + item.expert * p.w_stride;
   if (item.count <= 16) make_tile<Type, Split, Panels, 2>(p, matrix, row_tile, shared, rows);
   else if (item.count <= 32) make_tile<Type, Split, Panels, 4>(p, matrix, row_tile, shared, rows);
   else make_tile<Type, Split, Panels, 8>(p, matrix, row_tile, shared, rows);
@@ -320,6 +322,7 @@ void launch_product(const Context& c, const char* what, const Tensor& w, Product
 Product grouped(const GroupedGemm& a, const uint16_t* x, float* y) {
   Product p{};
   p.x = x, p.y = y, p.items = a.items, p.order = a.order, p.w_stride = a.experts.layout().stride, p.divisor = 1;
+  p.at = a.experts.home ? a.experts.home->at : nullptr;
   return p;
 }
 
@@ -342,6 +345,7 @@ void gemm_gate_up(const Context& c, const GroupedGemm& a, const uint16_t* x, flo
 void gemm_down(const Context& c, const GroupedGemm& a, const uint16_t* inner, float* y) {
   Product p = grouped(a, inner, y);
   p.ldx = a.experts.f, p.ldy = a.experts.d, p.panel_rows = kPanelRows, p.pair = 8, p.put = Put::Store;
+  p.at_offset = a.experts.layout().down_offset;
   launch_product(c, "moe_down: experts", a.experts.down(0), p, a.max_items);
 }
 

@@ -120,6 +120,11 @@ void attention_few(const Context&, const AttentionArgs&);     // at most kFewTok
 void attention_many(const Context&, const AttentionArgs&);
 size_t attention_scratch(const OpLimits&);
 
+// ---- experts.cu: at most kPlacedTokens rows
+void place_experts(const Context&, const PlaceExpertsArgs&);
+void join_experts(const Context&, const JoinExpertsArgs&);
+size_t place_experts_scratch(const OpLimits&);
+
 // ---- sample.cu
 void sample(const Context&, const SampleArgs&);
 size_t sample_scratch(int64_t vocab);

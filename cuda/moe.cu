@@ -18,16 +18,12 @@
 // A column's sums do not depend on what the other columns hold, nor the cut of K on T: rows are bit-equal to those of single calls.
 #include <algorithm>
 
+#include "cuda/choice.cuh"
 #include "cuda/matvec.cuh"
 #include "cuda/unpack.cuh"
 
 namespace qn::cuda {
 namespace {
-
-constexpr unsigned kAll = 0xffffffffu;
-
-__device__ __forceinline__ int lane_id() { return static_cast<int>(threadIdx.x) & 31; }
-__device__ __forceinline__ int warp_id() { return static_cast<int>(threadIdx.x) >> 5; }
 
 __device__ __forceinline__ void copy_async4(float* shared, const float* global) {
   asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(static_cast<uint32_t>(__cvta_generic_to_shared(shared))), "l"(global) : "memory");
@@ -43,97 +39,7 @@ __device__ __forceinline__ int find(const int32_t* ids, int begin, int end, int 
   return -1;
 }
 
-// ---- choice -----------------------------------------------------------------------------------------------------------
-
-// Unsigned integers in the order of the logits; -0 is 0, NaN comes last.
-__device__ __forceinline__ uint32_t rank_key(float v) {
-  v += 0.f;
-  const uint32_t u = __float_as_uint(v);
-  return v != v ? 0u : u & 0x80000000u ? ~u : u | 0x80000000u;
-}
-
-constexpr int kQuickExperts = 512;  // 16 keys per lane
-struct Candidate {
-  uint32_t key;
-  int32_t expert;
-};
-
-// The top `chosen` of E logits, best first, equal ones in order of their index; by one warp. ids (chosen) and list (32) are in
-// shared memory; false: there were too many candidates, nothing is chosen.
-// At least `chosen` lanes have a maximum that is not below the chosen-th largest of the 32 maxima, so the answer is among the keys
-// from there on: hardly ever more than a dozen or two. Each finds its own place by counting those before it.
-__device__ __forceinline__ bool quick_top(const float* logits, int experts, int chosen, int32_t* ids, Candidate* list) {
-  const int lane = lane_id();
-  float v[kQuickExperts / 32];
-  uint32_t key[kQuickExperts / 32], best = 0;
-#pragma unroll
-  for (int i = 0; i < kQuickExperts / 32; i++) v[i] = logits[min(32 * i + lane, experts - 1)];  // no branches: all at once
-#pragma unroll
-  for (int i = 0; i < kQuickExperts / 32; i++) key[i] = 32 * i + lane < experts ? rank_key(v[i]) : 0;
-#pragma unroll
-  for (int i = 0; i < kQuickExperts / 32; i++) best = max(best, key[i]);
-  int above = 0;
-#pragma unroll
-  for (int i = 0; i < 32; i++) above += __shfl_sync(kAll, best, i) > best;
-  const uint32_t least = __reduce_min_sync(kAll, above < chosen ? best : ~0u);
-  int n = 0;
-#pragma unroll
-  for (int i = 0; i < kQuickExperts / 32; i++) {
-    const bool in = key[i] >= least && 32 * i + lane < experts;
-    const unsigned all = __ballot_sync(kAll, in);
-    if (all == 0) continue;
-    const int at = n + __popc(all & ((1u << lane) - 1));
-    if (in && at < 32) list[at] = {key[i], 32 * i + lane};
-    n += __popc(all);
-  }
-  if (n > 32) return false;
-  __syncwarp();
-  const Candidate mine = lane < n ? list[lane] : Candidate{0, 0};
-  int place = 0;
-#pragma unroll 4
-  for (int i = 0; i < n; i++) {  // the list is in order of the index
-    const uint32_t other = __shfl_sync(kAll, mine.key, i);
-    place += other > mine.key || (other == mine.key && i < lane);
-  }
-  if (lane < n && place < chosen) ids[place] = mine.expert;
-  __syncwarp();
-  return true;
-}
-
-// The same for any E and K: each round finds the largest (key, index) below that of the round before.
-__device__ __noinline__ void any_top(const float* logits, int experts, int chosen, int32_t* ids) {
-  uint64_t last = ~uint64_t{0};
-  for (int j = 0; j < chosen; j++) {
-    uint64_t best = 0;
-    for (int e = lane_id(); e < experts; e += 32) {
-      const uint64_t c = static_cast<uint64_t>(rank_key(logits[e])) << 32 | ~static_cast<uint32_t>(e);
-      if (c < last && c > best) best = c;
-    }
-    const uint32_t high = static_cast<uint32_t>(best >> 32), top = __reduce_max_sync(kAll, high);
-    const uint32_t low = __reduce_max_sync(kAll, high == top ? static_cast<uint32_t>(best) : 0u);
-    last = static_cast<uint64_t>(top) << 32 | low;
-    if (lane_id() == 0) ids[j] = static_cast<int32_t>(~low);
-  }
-  __syncwarp();
-}
-
-__device__ __forceinline__ void top(const float* logits, int experts, int chosen, int32_t* ids, Candidate* list) {
-  if (experts <= kQuickExperts && chosen <= 32 && quick_top(logits, experts, chosen, ids, list)) return;
-  any_top(logits, experts, chosen, ids);
-}
-
-// What a token chose, from shared memory to `ids_out` and `weights` (chosen); by one warp.
-__device__ __noinline__ void store_choice(const float* logits, int experts, int chosen, bool renormalise, const int32_t* ids, int32_t* ids_out,
-                                          float* weights) {
-  const float largest = logits[ids[0]];
-  float sum = 0;
-  for (int i = lane_id(); i < (renormalise ? chosen : experts); i += 32) sum += expf(logits[renormalise ? ids[i] : i] - largest);
-  sum = warp_sum(sum);
-  for (int j = lane_id(); j < chosen; j += 32) {
-    ids_out[j] = ids[j];
-    weights[j] = expf(logits[ids[j]] - largest) / sum;
-  }
-}
+// ---- choice of many tokens ---------------------------------------------------------------------------------------------
 
 constexpr int kRouteWarps = 4;
 
@@ -327,6 +233,7 @@ struct GateUp {
   const float *x, *logits;         // (T, D), (T, E)
   Matrix w;                        // gate_up (2F, D) of expert 0
   int64_t stride;                  // bytes from expert to expert
+  const uint8_t* const* where;     // (E) or null: where the experts are instead; null there: computed elsewhere
   int tokens, experts, chosen, f;
   bool renormalise, int8;
   int32_t* ids;                    // (T, K)
@@ -399,7 +306,8 @@ __global__ void __launch_bounds__(kMaxTeams * kTeam * 32, 1) moe_gate_up_few_k(c
   uint32_t* used = reinterpret_cast<uint32_t*>(shared + a.at.used);
   const int stride = static_cast<int>(gridDim.x) * (warps / kTeam);
   int unit = static_cast<int>(blockIdx.x) * (warps / kTeam) + team;  // (expert, panel)
-  if (a.tokens > 1) {
+  const bool lists = a.tokens > 1 || a.where;  // each expert once, and only those that are here
+  if (lists) {
     for (int i = static_cast<int>(threadIdx.x); i < (a.experts + 31) / 32; i += static_cast<int>(blockDim.x)) used[i] = 0;
     __syncthreads();
   }
@@ -408,22 +316,26 @@ __global__ void __launch_bounds__(kMaxTeams * kTeam * 32, 1) moe_gate_up_few_k(c
 #pragma unroll 1
   for (int t = warp; t < a.tokens; t += warps) {
     top(a.logits + static_cast<int64_t>(t) * a.experts, a.experts, a.chosen, ids + t * a.chosen, reinterpret_cast<Candidate*>(shared + a.at.list) + t * 32);
-    if (a.tokens > 1)
-      for (int j = lane; j < a.chosen; j += 32) atomicOr(&used[ids[t * a.chosen + j] / 32], 1u << (ids[t * a.chosen + j] % 32));
+    if (lists)
+      for (int j = lane; j < a.chosen; j += 32)
+        if (const int e = ids[t * a.chosen + j]; !a.where || a.where[e]) atomicOr(&used[e / 32], 1u << (e % 32));
   }
   const int rounding = warps > a.tokens ? a.tokens : 0;  // the first warp that has time for x
   if (warp >= rounding) round_tokens<S>(a, shared, rounding);
   __syncthreads();
   const int32_t* todo = ids;
   int units = a.chosen * a.panels;
-  if (a.tokens > 1) {
+  if (lists) {
     todo = reinterpret_cast<int32_t*>(shared + a.at.distinct);
     units = list_experts(used, a.experts, reinterpret_cast<int32_t*>(shared + a.at.distinct)) * a.panels;
     __syncthreads();
   }
 
   uint8_t* slab = shared + a.at.slabs + warp * S::kBytes;
-  auto copy = [&](int u, int s) { S::copy(a.w, a.w.data + todo[u / a.panels] * a.stride, u % a.panels, s, slab); };
+  auto copy = [&](int u, int s) {
+    const int e = todo[u / a.panels];
+    S::copy(a.w, a.where ? a.where[e] : a.w.data + e * a.stride, u % a.panels, s, slab);
+  };
   if (unit < units && part < a.slabs) copy(unit, part);
   let_next_start();  // whose weights would come in the way of ours
   if (blockIdx.x == 0)
@@ -560,6 +472,8 @@ struct Down {
   const float* inner;         // (T*K, F)
   Matrix w;                   // down (D, F) of expert 0
   int64_t stride;             // bytes from expert to expert
+  const uint8_t* const* where; // (E) or null: as above,
+  int64_t down_offset;        // and where in the record `down` is
   const float* shared;        // (T, FS)
   const float* shared_scale;  // (T)
   Matrix shared_w;            // (D, FS)
@@ -647,11 +561,17 @@ __device__ __forceinline__ void down_choices(const Down& a, int panel, const Sta
     auto load = [&](int c) { row.load(a.inner + static_cast<int64_t>(c) * a.w.k + s * S::kWidth, a.w.k - s * S::kWidth, a.weights + c); };
     load(first);
     const int e = a.ids[first];
+    const uint8_t* const expert = a.where ? a.where[e] : a.w.data + e * a.stride;
+    if (!expert) {
+      if (lane_id() < kPanelRows) results[task * kPanelRows + lane_id()] = 0;
+      continue;
+    }
+    const uint8_t* const down = a.where ? expert + a.down_offset : expert;
     if (!One && find(a.ids, 0, a.choices, e) != first) continue;
     if constexpr (One) {  // the panel is one slab, and comes in one piece
-      const uint8_t* from = a.w.data + e * a.stride + static_cast<int64_t>(panel) * a.w.panel_bytes;
+      const uint8_t* from = down + static_cast<int64_t>(panel) * a.w.panel_bytes;
       fill(full, 1, [&](int) { return Piece{stage.slab(), from, static_cast<uint32_t>(a.w.panel_bytes)}; });
-    } else S::copy(a.w, a.w.data + e * a.stride, panel, s, stage.slab());
+    } else S::copy(a.w, down, panel, s, stage.slab());
     let_next_start();  // whose weights would have come in the way of ours
     if constexpr (One) {
       row.store(false, stage, 0, task);
@@ -779,7 +699,7 @@ void launch_gate_up(const Context& c, const MoeGateUpArgs& args, GateUp a) {
   a.at = gate_up_layout<S>(a.tokens, a.w.k, a.experts, a.chosen, count(teams));
   a.panels = a.f / 8, a.slabs = a.at.chunks / S::kChunks;
   if constexpr (Plain) {
-    if (a.tokens == 1 && a.w.k % S::kWidth == 0 && a.slabs <= kTeam && a.experts <= kQuickExperts && a.chosen <= kQuickWarps &&
+    if (a.tokens == 1 && !a.where && a.w.k % S::kWidth == 0 && a.slabs <= kTeam && a.experts <= kQuickExperts && a.chosen <= kQuickWarps &&
         teams * kTeam >= kQuickWarps) {
       launch(c, "moe_gate_up", moe_gate_up_one_k, dim3(static_cast<unsigned>(blocks)), dim3(static_cast<unsigned>(teams * kTeam * 32)),
              static_cast<size_t>(a.at.bytes), a);
@@ -812,6 +732,7 @@ void moe_few_gate_up(const Context& c, const MoeGateUpArgs& args) {
   GateUp a{};
   a.x = args.x.f32(), a.logits = args.logits.f32();
   a.f = count(args.inner.cols()), a.w = make_matrix(args.experts.gate_up(0), 8, a.f), a.stride = args.experts.layout().stride;
+  a.where = args.experts.home ? args.experts.home->at : nullptr;
   a.tokens = count(args.x.rows()), a.experts = args.experts.count, a.chosen = count(args.ids.cols());
   a.renormalise = args.renormalise, a.int8 = args.act == Act::INT8;
   a.ids = args.ids.i32(), a.weights = args.weights.f32(), a.inner = args.inner.f32();
@@ -837,6 +758,7 @@ void moe_few_down(const Context& c, const MoeDownArgs& args) {
   }
   a.ids = args.ids.i32(), a.weights = args.weights.f32(), a.inner = args.inner.f32();
   a.w = make_matrix(args.experts.down(0), 16, 8), a.stride = args.experts.layout().stride;
+  a.where = args.experts.home ? args.experts.home->at : nullptr, a.down_offset = args.experts.layout().down_offset;
   a.shared = args.shared.f32(), a.shared_scale = args.shared_scale.f32(), a.shared_w = make_matrix(args.shared_down, 16, 8), a.h = args.h.f32();
   a.int8 = args.act == Act::INT8, a.shared_int8 = args.shared_act == Act::INT8;
   a.shared_warps = std::min(a.shared_slabs, kMaxSharedWarps), a.columns = std::min(a.tokens, kMaxColumns);

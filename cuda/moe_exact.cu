@@ -78,6 +78,7 @@ struct ExactGateUp {
   const int32_t* ids;  // (T, K)
   Weights w;           // gate_up (2F, D) of expert 0
   int64_t expert;      // bytes from expert to expert
+  const uint8_t* const* at;  // (E) or null: where the experts are instead; null there: computed elsewhere
   int64_t pairs;       // T * K
   int32_t chosen, f;
   Act act;
@@ -90,7 +91,8 @@ __global__ void __launch_bounds__(32 * kWarps) moe_exact_gate_up_k(const ExactGa
   const int64_t unit = static_cast<int64_t>(blockIdx.x) * kWarps + threadIdx.x / 32, pair = unit / (a.f / kRows);
   if (pair >= a.pairs) return;
   const int first = static_cast<int>(unit % (a.f / kRows)) * kRows;
-  const uint8_t* data = a.w.data + a.ids[pair] * a.expert;
+  const uint8_t* data = a.at ? a.at[a.ids[pair]] : a.w.data + a.ids[pair] * a.expert;
+  if (!data) return;
   const bool t16 = is_t16(a.w.dtype);
   auto row = [&](int i) -> int64_t {  // rows of gate, then the matching ones of up
     const int64_t r = first + i % kRows + (i < kRows ? 0 : a.f);
@@ -110,6 +112,8 @@ struct ExactDown {
   const float *weights, *inner;    // (T, K), (T*K, F)
   Weights w;                       // down (D, F) of expert 0
   int64_t expert;                  // bytes from expert to expert
+  const uint8_t* const* at;        // (E) or null: as above,
+  int64_t down_offset;             // and where in the record `down` is
   const float *shared, *scale;     // (T, FS), (T)
   Weights shared_w;                // (D, FS)
   int32_t chosen, tokens, d;
@@ -129,7 +133,11 @@ __global__ void __launch_bounds__(32 * kWarps) moe_exact_down_k(const ExactDown 
     float sum[kRows] = {}, weight;
     if (j < a.chosen) {
       const int64_t pair = t * a.chosen + j;
-      dot_rows(a.w, a.w.data + a.ids[pair] * a.expert, row, a.inner + pair * a.w.k, a.act, sum);
+      const int e = a.ids[pair];
+      const uint8_t* data = a.w.data + e * a.expert;
+      if (a.at && !a.at[e]) continue;
+      if (a.at) data = a.at[e] + a.down_offset;
+      dot_rows(a.w, data, row, a.inner + pair * a.w.k, a.act, sum);
       weight = a.weights[pair];
     } else {
       dot_rows(a.shared_w, a.shared_w.data, row, a.shared + t * a.shared_w.k, a.shared_act, sum);
@@ -159,6 +167,7 @@ void moe_exact_gate_up(const Context& c, const MoeGateUpArgs& args) {
   ExactGateUp a{};
   a.x = args.x.f32(), a.ids = args.ids.i32(), a.inner = args.inner.f32(), a.act = args.act;
   a.w = make_weights(args.experts.gate_up(0)), a.expert = args.experts.layout().stride;
+  a.at = args.experts.home ? args.experts.home->at : nullptr;
   a.chosen = static_cast<int32_t>(args.ids.cols()), a.pairs = args.ids.rows() * args.ids.cols(), a.f = static_cast<int32_t>(args.inner.cols());
   launch(c, "moe_gate_up", moe_exact_gate_up_k, grid(a.pairs * (a.f / kRows)), dim3(32 * kWarps), 0, a);
 }
@@ -167,6 +176,7 @@ void moe_exact_down(const Context& c, const MoeDownArgs& args) {
   ExactDown a{};
   a.ids = args.ids.i32(), a.weights = args.weights.f32(), a.inner = args.inner.f32(), a.act = args.act;
   a.w = make_weights(args.experts.down(0)), a.expert = args.experts.layout().stride;
+  a.at = args.experts.home ? args.experts.home->at : nullptr, a.down_offset = args.experts.layout().down_offset;
   a.shared = args.shared.f32(), a.scale = args.shared_scale.f32(), a.shared_w = make_weights(args.shared_down), a.shared_act = args.shared_act;
   a.chosen = static_cast<int32_t>(args.ids.cols()), a.tokens = static_cast<int32_t>(args.h.rows()), a.d = static_cast<int32_t>(args.h.cols());
   a.h = args.h.f32();

@@ -139,7 +139,7 @@ TEST_CASE("split: no cut of the layers fills the fullest device less") {
 }
 
 TEST_CASE("split: where the head lies there are fewer layers; a larger card has more") {
-  LayerBytes b{std::vector<uint64_t>(48, 900), 600, 2200};
+  LayerBytes b{std::vector<uint64_t>(48, 900), {}, 600, 2200, 0};
   const std::vector<uint64_t> same = {80, 80}, larger = {40, 80}, eight(8, 80);
   CHECK(split_layers(b, same) == std::vector{25, 23});
   b.back = 600;

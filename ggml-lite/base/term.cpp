@@ -113,6 +113,15 @@ std::vector<int> parse_counts(const std::string& text, const char* option, int m
   return list;
 }
 
+std::vector<uint64_t> parse_sizes(const std::string& text, const char* option) {
+  std::vector<uint64_t> list;
+  for (size_t at = 0, end = 0; at <= text.size(); at = end + 1) {
+    end = std::min(text.find(',', at), text.size());
+    list.push_back(parse_size(text.substr(at, end - at), option));
+  }
+  return list;
+}
+
 double parse_number(const std::string& text, const char* option, double min, double max) {
   double v = 0;
   const char* const end = text.data() + text.size();

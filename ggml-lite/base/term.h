@@ -60,6 +60,7 @@ std::string human_seconds(double seconds);    // "0.8 s", "3 min 20 s", "2 h 5 m
 // "24G" is GiB; also K, M, T, plain bytes, "1.5G", "24GiB". Throws Error.
 uint64_t parse_size(const std::string& text, const std::string& option);
 int parse_count(const std::string& text, const char* option, int min, int max);  // throws Error naming the bounds
+std::vector<uint64_t> parse_sizes(const std::string& text, const char* option);  // "24G,16G"
 std::vector<int> parse_counts(const std::string& text, const char* option, int min, int max);  // "3,1,2"
 double parse_number(const std::string& text, const char* option, double min, double max);  // the same of a fraction
 std::string parse_choice(const std::string& text, const char* option, std::initializer_list<const char*> choices);  // one of these, or Error

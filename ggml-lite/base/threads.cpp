@@ -23,7 +23,6 @@ namespace qn {
 namespace {
 
 using Clock = std::chrono::steady_clock;
-constexpr auto kSpin = std::chrono::microseconds(40);  // longer than any gap between two operations of a layer
 
 void relax() {
 #if defined(__x86_64__) || defined(__i386__)
@@ -95,11 +94,11 @@ int default_threads() {
 }
 
 // Every waiting is for a counter to move on: the epoch (a new job), the phase of the barrier, the workers still running.
-// A waiter polls its counter for kSpin, then sleeps in the kernel on that address (std::atomic::wait; the waking side makes
+// A waiter polls its counter for a while, then sleeps in the kernel on that address (std::atomic::wait; the waking side makes
 // no system call while nobody sleeps). Counters that different threads write lie on lines of their own.
 struct Threads::Impl {
   int n = 1;
-  bool spin = true;
+  std::chrono::microseconds spin{0};
   alignas(64) std::atomic<int> epoch{0};
   void (*call)(void*, int) = nullptr;
   void* arg = nullptr;
@@ -114,8 +113,8 @@ struct Threads::Impl {
   std::vector<std::thread> workers;
 
   void await_change(const std::atomic<int>& a, int old) const {
-    if (spin) {
-      const auto end = Clock::now() + kSpin;
+    if (spin.count() > 0) {
+      const auto end = Clock::now() + spin;
       do {
         for (int i = 0; i < 64; i++) {
           if (a.load(std::memory_order_acquire) != old) return;
@@ -163,9 +162,9 @@ struct Threads::Impl {
   }
 };
 
-Threads::Threads(int n) : impl_(std::make_unique<Impl>()) {
+Threads::Threads(int n, int spin_microseconds) : impl_(std::make_unique<Impl>()) {
   impl_->n = n > 0 ? n : default_threads();
-  impl_->spin = impl_->n <= usable_processors();
+  if (impl_->n <= usable_processors()) impl_->spin = std::chrono::microseconds(spin_microseconds);
   impl_->workers.reserve(static_cast<size_t>(impl_->n - 1));  // a failure later would destroy running threads
   try {
     for (int i = 1; i < impl_->n; i++) impl_->workers.emplace_back([impl = impl_.get(), i] { impl->worker(i); });

@@ -8,9 +8,10 @@ namespace qn {
 
 class Threads {
  public:
+  static constexpr int kSpin = 40;  // longer than any gap between two operations of a layer
   // n <= 0: default_threads(). Workers spin for some tens of microseconds after a job, then sleep, so that a chat waiting for
   // its user costs nothing. When n exceeds the processors we may run on, they never spin.
-  explicit Threads(int n);
+  explicit Threads(int n, int spin_microseconds = kSpin);
   ~Threads();
   Threads(const Threads&) = delete;
   Threads& operator=(const Threads&) = delete;

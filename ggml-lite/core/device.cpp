@@ -111,7 +111,8 @@ int64_t Device::experts_read(const Tensor& ids, const Experts& experts) {
 
 const char* name(Op op) {
   static const char* const names[kOps] = {"embed",      "norm_matmul", "delta_net",   "gated_norm_matmul", "attention", "gate_matmul",
-                                          "moe_router", "moe_gate_up", "moe_down",    "concat_matmul",     "sample"};
+                                          "moe_router", "moe_gate_up", "moe_down",    "concat_matmul",     "sample",    "place_experts",
+                                          "join_experts", "expert_pairs"};
   return names[static_cast<int>(op)];
 }
 
@@ -295,6 +296,42 @@ void Device::concat_matmul(const ConcatMatmulArgs& a) {
   check_act(op, "y", a.y, t, a.w.rows());
   check_disjoint(op, {{"y", a.y}}, {{"a", a.a}, {"b", a.b}, {"norm_a", a.norm_a}, {"norm_b", a.norm_b}});
   if (begin(Op::ConcatMatmul, stored(a.w))) do_concat_matmul(a);
+}
+
+void Device::place_experts(const PlaceExpertsArgs& a) {
+  const char* op = "place_experts";
+  const int64_t t = a.x.rows(), d = a.x.cols(), k = a.ids.cols();
+  QN_CHECK(a.experts.home && a.experts.home->count > 0 && a.box.request && a.box.pending, "%s: experts without a home, or no box", op);
+  QN_CHECK(t >= 1 && t <= kPlacedTokens, "%s: %lld tokens of at most %d", op, static_cast<long long>(t), kPlacedTokens);
+  check_act(op, "x", a.x, t, d);
+  check_experts(op, a.experts, d, a.experts.f);
+  check_act(op, "logits", a.logits, t, a.experts.count);
+  QN_CHECK(k > 0 && k <= a.experts.count && a.ids.dtype == DType::I32 && a.ids.rows() == t, "%s: ids: got %s", op, shape(a.ids).c_str());
+  check_act(op, "weights", a.weights, t, k);
+  check_disjoint(op, {{"ids", a.ids}, {"weights", a.weights}}, {{"x", a.x}, {"logits", a.logits}});
+  if (begin(Op::PlaceExperts, 0)) do_place_experts(a);
+}
+
+void Device::join_experts(const JoinExpertsArgs& a) {
+  QN_CHECK(a.box.request && a.box.pending && a.h.rows() <= kPlacedTokens, "join_experts: no box, or h is %s", shape(a.h).c_str());
+  check_act("join_experts", "h", a.h, a.h.rows(), a.h.cols());
+  if (begin(Op::JoinExperts, 0)) do_join_experts(a);
+}
+
+void Device::expert_pairs(const ExpertPairsArgs& a) {
+  const char* op = "expert_pairs";
+  const int64_t t = a.x.rows(), d = a.x.cols(), n = a.token.rows();
+  check_act(op, "x", a.x, t, d);
+  check_act(op, "y", a.y, t, d);
+  check_experts(op, a.experts, d, a.experts.f);
+  QN_CHECK(a.token && a.expert && a.token.dtype == DType::I32 && a.expert.dtype == DType::I32 && a.expert.rows() == n, "%s: pairs: got %s, %s", op,
+           shape(a.token).c_str(), shape(a.expert).c_str());
+  check_vec(op, "weight", a.weight, n);
+  check_disjoint(op, {{"y", a.y}}, {{"x", a.x}});
+  for (int64_t i = 0; i < n; i++)  // memory of the host, on every device that has the operation
+    QN_CHECK(a.token.i32()[i] >= 0 && a.token.i32()[i] < t && a.expert.i32()[i] >= 0 && a.expert.i32()[i] < a.experts.count, "%s: pair %lld is token %d, expert %d",
+             op, static_cast<long long>(i), a.token.i32()[i], a.expert.i32()[i]);
+  if (begin(Op::ExpertPairs, stored(a.experts.gate_up(0)) + stored(a.experts.down(0)))) do_expert_pairs(a);
 }
 
 void Device::sample(const SampleArgs& a) {

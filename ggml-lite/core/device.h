@@ -25,6 +25,7 @@
 #include <vector>
 
 #include "ggml-lite/base/file.h"
+#include "ggml-lite/core/experts.h"
 #include "ggml-lite/core/step.h"
 #include "ggml-lite/core/tensor.h"
 
@@ -158,6 +159,31 @@ struct MoeDownArgs {
   Tensor h;                    // in/out (T, D)
 };
 
+// Before D5, where experts have a home (core/experts.h), for 1 to kPlacedTokens tokens: the choice of D5, the places of the chosen, and the
+// request to the host for those that this device does not compute.
+struct PlaceExpertsArgs {
+  Tensor x, logits;        // as D5 takes them
+  bool renormalise = true;
+  Experts experts;         // with a home: in/out
+  Tensor ids, weights;     // out, those of D5
+  ExpertBox box;           // in/out
+};
+// After D6: h += what the host was asked for. Waits for it, on the device.
+struct JoinExpertsArgs {
+  ExpertBox box;
+  Tensor h;                // in/out (T, D)
+};
+
+// The host's part: y[t] = sum over the pairs of token t, by rising expert, of weight * down(silu(gate x) * up x); ref and cpu only.
+struct ExpertPairsArgs {
+  Tensor x;                // (T, D)
+  Tensor token, expert;    // (P) I32
+  Tensor weight;           // (P)
+  Act act = Act::F32;
+  Experts experts;         // data: memory of the host
+  Tensor y;                // out (T, D)
+};
+
 // y = W act( concat( norm(a; norm_a), norm(b; norm_b) ) )       the entry of a multi-token-prediction layer
 struct ConcatMatmulArgs {
   Tensor a, b;              // (T, D)
@@ -219,8 +245,8 @@ class Buffer {
   size_t bytes_ = 0;
 };
 
-enum class Op { Embed, NormMatmul, DeltaNet, GatedNormMatmul, Attention, GateMatmul, MoeRouter, MoeGateUp, MoeDown, ConcatMatmul, Sample };
-constexpr int kOps = 11;
+enum class Op { Embed, NormMatmul, DeltaNet, GatedNormMatmul, Attention, GateMatmul, MoeRouter, MoeGateUp, MoeDown, ConcatMatmul, Sample, PlaceExperts, JoinExperts, ExpertPairs };
+constexpr int kOps = 14;
 const char* name(Op op);  // "norm_matmul"
 constexpr uint32_t bit(Op op) { return 1u << static_cast<int>(op); }
 
@@ -270,6 +296,18 @@ class Device {
   virtual uint64_t scratch_bytes(const OpLimits& limits) const = 0;  // what reserve() will take, for the memory plan
   virtual void reserve(const OpLimits& limits) = 0;                  // again with larger limits is allowed between operations
 
+  // ---- experts that do not all fit (core/experts.h), for devices with memory of their own
+  // Makes memory of the host readable by the device for as long as this object lives; what the device sees it as, null: it can't be done.
+  virtual const uint8_t* map_host(const void* host, uint64_t bytes) { return (void)host, (void)bytes, nullptr; }
+  virtual void* alloc_host(size_t bytes) { return (void)bytes, nullptr; }  // zeroed memory of the host that both see; lives as long as the device
+  // Memory for records without a slot, of two layers. slot_of: where the slots of all experts of all layers are (ExpertHome::slot_of).
+  virtual void reserve_staging(int64_t records, int64_t record_bytes, int experts, std::span<const int32_t> slot_of) {
+    (void)records, (void)record_bytes, (void)experts, (void)slot_of;
+  }
+  // Starts to bring the records without a slot into staging memory. Each call is for a layer whose D5 and D6 of many tokens come in the order
+  // of these calls, at most one layer ahead of them.
+  virtual void stage_experts(const Experts& experts) { (void)experts; }
+
   // ---- choosing tokens, for devices that can (then generation never waits for logits); the others leave it to text/sampler
   virtual bool samples() const { return false; }
   virtual Mail* alloc_mail() { return nullptr; }  // zeroed, lives as long as the device
@@ -280,7 +318,11 @@ class Device {
 
   // ---- measuring
   // Operations outside the mask do nothing: to time the ones inside alone. Recordings made under one mask replay only under it.
-  void select(uint32_t mask) { selected_ = mask; }
+  // An answer that is asked for must also be fetched, before the next is asked for: join_experts goes with place_experts.
+  void select(uint32_t mask) {
+    constexpr uint32_t both = bit(Op::PlaceExperts) | bit(Op::JoinExperts);
+    selected_ = mask & bit(Op::PlaceExperts) ? mask | both : mask & ~both;
+  }
   uint32_t selected() const { return selected_; }
   // What operations asked for so far, whether selected or not: calls, and the bytes they had to move: weights and recurrent state;
   // no activations, and not the KV cache, whose length only the device knows. Of experts each that was chosen, once; that is known
@@ -308,6 +350,9 @@ class Device {
   void moe_gate_up(const MoeGateUpArgs&);
   void moe_down(const MoeDownArgs&);
   void concat_matmul(const ConcatMatmulArgs&);
+  void place_experts(const PlaceExpertsArgs&);
+  void join_experts(const JoinExpertsArgs&);
+  void expert_pairs(const ExpertPairsArgs&);
 
  private:
   friend class Buffer;
@@ -324,6 +369,9 @@ class Device {
   virtual void do_moe_down(const MoeDownArgs&) = 0;
   virtual void do_concat_matmul(const ConcatMatmulArgs&) = 0;
   virtual void do_sample(const SampleArgs&) {}
+  virtual void do_place_experts(const PlaceExpertsArgs&) {}
+  virtual void do_join_experts(const JoinExpertsArgs&) {}
+  virtual void do_expert_pairs(const ExpertPairsArgs&) {}
   bool begin(Op op, uint64_t bytes);  // counts; whether the operation is selected
   int64_t experts_read(const Tensor& ids, const Experts& experts);
 

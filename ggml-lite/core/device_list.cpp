@@ -37,7 +37,7 @@ std::vector<uint64_t> memory_budgets(std::span<Device* const> devices, std::span
 }
 
 std::pair<uint64_t, uint64_t> memory_in_use(std::span<Device* const> devices, std::span<const DeviceName> names) {
-  std::pair<uint64_t, uint64_t> sum{};
+  std::pair<uint64_t, uint64_t> sum{0, 0};
   for (size_t i = 0; i < devices.size(); i++)
     if (std::ranges::find(names, names[i]) - names.begin() == static_cast<std::ptrdiff_t>(i)) sum.first += devices[i]->memory_used(), sum.second += devices[i]->memory();
   return sum;

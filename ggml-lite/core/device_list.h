@@ -23,7 +23,7 @@ std::vector<DeviceName> parse_devices(const std::string& text);
 // memory of the process, of `process` bytes.
 std::vector<uint64_t> memory_budgets(std::span<Device* const> devices, std::span<const DeviceName> names, uint64_t process);
 
-// Bytes in use and in all on these devices; each card once.
+// Bytes taken, and all, of the devices with memory of their own, each card once
 std::pair<uint64_t, uint64_t> memory_in_use(std::span<Device* const> devices, std::span<const DeviceName> names);
 
 }  // namespace qn

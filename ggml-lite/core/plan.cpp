@@ -16,10 +16,33 @@ static int most_positions(const PlanRequest& r, uint64_t own, int ubatch) {
 
 static uint64_t own_bytes(const PlanRequest& r) { return (r.own_memory ? r.weights + kDeviceMargin : 0) + r.state; }
 
+// Experts in memory of the host; slots 0: not even so
+static MemoryPlan plan_offload(const PlanRequest& r) {
+  MemoryPlan p;
+  p.state = r.state, p.placed = r.weights - r.experts;
+  const int few = std::min(r.model_context, 2048);
+  // Long passes, for each brings all experts over the bus; but scratch memory for them takes the place of experts
+  for (int ubatch = r.ubatch ? r.ubatch : r.budget >= 20ull << 30 ? 4096 : r.budget >= 12ull << 30 ? 2048 : 1024;; ubatch /= 2) {
+    for (int ctx = r.ctx ? r.ctx : std::min(r.model_context, 32768);; ctx = std::max(ctx / 2, few)) {
+      p.ctx = ctx, p.ubatch = ubatch, p.kv = r.per_position * static_cast<uint64_t>(ctx), p.scratch = r.scratch(ubatch, ctx);
+      const uint64_t fixed = p.placed + kDeviceMargin + p.state + p.kv + p.scratch;
+      for (int slots = r.slots ? r.slots : r.expert_count - 1; slots >= (r.slots ? r.slots : 1); slots--) {
+        if (fixed + r.expert_memory(slots) > r.budget) continue;
+        p.slots = slots, p.weights = p.placed + r.expert_memory(slots);
+        return p;
+      }
+      if (r.ctx || ctx <= few) break;
+    }
+    if (r.ubatch || ubatch <= 256) return p;
+  }
+}
+
 MemoryPlan plan_memory(const PlanRequest& r) {
+  if (r.slots && (!r.experts || r.slots >= r.expert_count))
+    fail("--slots: expected a GPU and 1 to %d experts of every layer, got %d; leave it out to have as many as fit", std::max(1, r.expert_count - 1), r.slots);
   if (r.ctx > r.model_context) fail("--ctx: %d positions, but the model was made for %d; choose at most that", r.ctx, r.model_context);
   MemoryPlan p;
-  p.weights = r.weights, p.state = r.state;
+  p.weights = p.placed = r.weights, p.state = r.state;
   const uint64_t own = own_bytes(r);
   // A long pass reads every expert once for many tokens: a GPU wants it as long as there is room for a decent context.
   p.ubatch = r.ubatch ? r.ubatch : !r.own_memory ? 512 : r.one_of_several ? 4096 : 8192;
@@ -28,15 +51,19 @@ MemoryPlan plan_memory(const PlanRequest& r) {
   p.kv = r.per_position * static_cast<uint64_t>(p.ctx);
   p.scratch = r.scratch(p.ubatch, std::max(p.ctx, 1));
   const uint64_t need = own + p.scratch + p.kv;
-  if (p.ctx >= 1 && need <= r.budget) return p;
+  const bool fits = p.ctx >= 1 && need <= r.budget && !r.slots;
+  if (fits && (!r.experts || r.ctx || p.ctx >= std::min(r.model_context, 8192))) return p;
+  if (r.experts && r.expert_count > 1)
+    if (const MemoryPlan o = plan_offload(r); o.slots) return o;
+  if (fits) return p;
 
   auto gib = [](uint64_t bytes) { return human_gib(bytes); };
   if (!r.own_memory)
     fail("not enough memory: KV cache %s, recurrent state and checkpoints %s, scratch %s, but only %s may be used; try a smaller --ctx or --ubatch, or a larger --ram",
          gib(p.kv).c_str(), gib(p.state).c_str(), gib(p.scratch).c_str(), gib(r.budget).c_str());
   // Not more positions than were asked for: the scratch was counted for those
-  const int ubatch = std::min(p.ubatch, 512), asked = r.ctx ? r.ctx : r.model_context, fits = std::min({most_positions(r, own, ubatch), r.others, asked});
-  const std::string advice = fits >= std::min(256, asked) ? format("try --ctx %d%s", fits, p.ubatch > ubatch ? " --ubatch 512" : "")
+  const int ubatch = std::min(p.ubatch, 512), asked = r.ctx ? r.ctx : r.model_context, room = std::min({most_positions(r, own, ubatch), r.others, asked});
+  const std::string advice = room >= std::min(256, asked) ? format("try --ctx %d%s", room, p.ubatch > ubatch ? " --ubatch 512" : "")
                                          : "try a file made with --experts int4 --rest int8, a GPU with more memory or several as in --device cuda:0,1, or --device cpu";
   fail("%s does not fit on %s: weights %s, KV cache of %d positions %s, state and checkpoints %s, scratch %s, in all %s with %s to spare, but %s are free: %s are missing; %s",
        r.file.c_str(), r.device.c_str(), gib(p.weights).c_str(), p.ctx, gib(p.kv).c_str(), gib(p.state).c_str(), gib(p.scratch).c_str(), gib(need).c_str(),

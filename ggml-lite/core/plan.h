@@ -21,16 +21,25 @@ struct PlanRequest {
   bool one_of_several = false;        // devices that work on passes one after the other: shorter ones, so that all have work
   int others = INT_MAX;               // positions for which the other devices have room: a refusal advises no more
   std::function<uint64_t(int ubatch, int ctx)> scratch;  // bytes, not falling in either
+  // Of weights, what may stay in memory of the host: the routed experts, `expert_count` in every layer
+  uint64_t experts = 0;
+  int expert_count = 0;
+  int slots = 0;                                         // asked for; 0: as many as there is room for
+  std::function<uint64_t(int slots)> expert_memory;      // bytes of the device when `slots` of every layer are there
 };
 
 struct MemoryPlan {
   int ctx = 0, ubatch = 0;
-  uint64_t weights = 0, kv = 0, state = 0, scratch = 0;  // bytes
+  uint64_t weights = 0, kv = 0, state = 0, scratch = 0;  // bytes; weights: with slots and staging memory of experts
+  uint64_t placed = 0;                                   // of weights, what is not slots or staging memory
+  int slots = 0;                                         // experts of every layer on the device; 0: all
 };
 
 // Memory of a device that no plan names: kernels loaded on first use, recordings, rounding of allocations.
 constexpr uint64_t kDeviceMargin = 384ull << 20;
 
+// When not everything fits beside a context of 8,192 positions (or that asked for), experts stay in memory of the host but for as many of
+// every layer as there is room for.
 // Throws Error when it does not fit: what is needed, what is free, how much is missing, what would fit.
 MemoryPlan plan_memory(const PlanRequest& request);
 // The same of devices that each hold a part of one model: one context and one length of passes, which fit all of them.
@@ -38,8 +47,8 @@ std::vector<MemoryPlan> plan_devices(std::vector<PlanRequest> requests);
 
 // Bytes of a model in order: what lies before the layers is held by the first device, what lies behind them by the last.
 struct LayerBytes {
-  std::vector<uint64_t> layers;
-  uint64_t front = 0, back = 0;
+  std::vector<uint64_t> layers, experts;  // of each layer; of that, its routed experts
+  uint64_t front = 0, back = 0, back_experts = 0;
 };
 // How many layers each device takes, at least one: such that the fullest is as little full as can be, in bytes per budget. At most as
 // many devices as layers.

@@ -67,6 +67,8 @@ inline Tensor weight(const void* data, DType dtype, int64_t n, int64_t k, int gr
   return t;
 }
 
+struct ExpertHome;  // core/experts.h
+
 // All routed experts of one layer: E records of expert_layout(dtype, d, f, group).
 struct Experts {
   const uint8_t* data = nullptr;
@@ -74,6 +76,7 @@ struct Experts {
   uint16_t group = 0;
   int32_t count = 0;  // E
   int64_t d = 0, f = 0;
+  const ExpertHome* home = nullptr;  // not null: they do not all lie in memory of the device; data is memory of the host
   explicit operator bool() const { return data != nullptr; }
   ExpertLayout layout() const { return expert_layout(dtype, d, f, group); }
   Tensor gate_up(int64_t e) const { return weight(data + e * layout().stride, dtype, 2 * f, d, group); }

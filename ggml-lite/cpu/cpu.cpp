@@ -10,14 +10,16 @@
 
 namespace qn {
 
+Isa isa_named(const std::string& name) { return name == "scalar" ? Isa::Scalar : name == "avx2" ? Isa::Avx2 : name == "avx512" ? Isa::Avx512 : Isa::Auto; }
+
 bool isa_available(Isa isa) { return cpu::kernels_of(isa) != nullptr; }
 
-std::unique_ptr<Device> make_cpu_device(int threads, Isa isa) {
+std::unique_ptr<Device> make_cpu_device(int threads, Isa isa, int spin_microseconds) {
   const cpu::Kernels* kernels = cpu::kernels_of(isa);
   if (!kernels)
     fail("cpu: this machine lacks %s; try a lower instruction set",
          isa == Isa::Avx512 ? "AVX-512 with BW, VL, DQ and VNNI" : "AVX2 with FMA and F16C");
-  return std::make_unique<cpu::CpuDevice>(threads, *kernels);
+  return std::make_unique<cpu::CpuDevice>(threads, *kernels, spin_microseconds);
 }
 
 double cpu_read_bandwidth(int threads, uint64_t most) {
@@ -99,10 +101,10 @@ static OpLimits larger(const OpLimits& a, const OpLimits& b) {
 CpuDevice::Scratch CpuDevice::lay_out(const OpLimits& m) const {
   Scratch s;
   const int64_t width = std::max({m.width, m.model_width, m.expert_width});
-  // Matrix products: fp32 and prepared rows of every token. The last step of the experts: a row per choice and the shared one.
+  // Matrix products: fp32 and prepared rows of every token. Experts: for each choice a row inside, fp32 and prepared, and one of the model's.
   s.rows_size = m.tokens * std::max(4 * round_up(width, 64) + largest_prepared_row(width),
-                                    m.chosen * largest_prepared_row(m.expert_width) + largest_prepared_row(width)) + 256;
-  s.pointers_size = m.tokens * (2 + 2 * int64_t{m.chosen});
+                                    m.chosen * (4 * round_up(m.expert_width, 16) + largest_prepared_row(m.expert_width)) + largest_prepared_row(width)) + 256;
+  s.pointers_size = m.tokens * (2 + 4 * int64_t{m.chosen});
   s.local_floats = round_up(3 * width + m.heads * (2 * kPartExtra + kKeys) + 16 * (m.key_dim + m.value_dim) + 64, 1024);
   const int64_t blocks = m.heads ? m.context / kKeys + 1 : 0;
   s.parts_floats = blocks ? std::max<int64_t>(blocks * (width + m.heads * kPartExtra), int64_t{1} << 21) : 0;

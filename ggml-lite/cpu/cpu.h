@@ -3,6 +3,7 @@
 #include <memory>
 #include <string>
 
+#include "ggml-lite/base/threads.h"
 #include "ggml-lite/core/device.h"
 
 namespace qn {
@@ -10,8 +11,10 @@ namespace qn {
 enum class Isa { Auto, Scalar, Avx2, Avx512 };  // Avx512 needs F, BW, VL, DQ, VNNI; each level includes those below
 
 // threads <= 0: default_threads(). `isa` above what the machine has throws Error.
-std::unique_ptr<Device> make_cpu_device(int threads, Isa isa = Isa::Auto);
+// spin_microseconds: how long threads look out for the next operation before they sleep.
+std::unique_ptr<Device> make_cpu_device(int threads, Isa isa = Isa::Auto, int spin_microseconds = Threads::kSpin);
 bool isa_available(Isa isa);
+Isa isa_named(const std::string& name);  // "scalar", "avx2", "avx512"; all else is Auto
 
 // Bytes per second that `threads` threads read from memory (sum over a buffer larger than every cache, best of a few runs).
 // The buffer takes at most `most` bytes, and a quarter of what may be used; 0 when that is less than kLeastRead, which caches might hold.

@@ -42,7 +42,7 @@ const Kernels* kernels_of(Isa isa, bool bf16 = true);
 
 class CpuDevice final : public Device {
  public:
-  CpuDevice(int threads, const Kernels& kernels) : threads_(threads), kernels_(kernels) {}
+  CpuDevice(int threads, const Kernels& kernels, int spin_microseconds = Threads::kSpin) : threads_(threads, spin_microseconds), kernels_(kernels) {}
 
   std::string name() const override { return format("cpu (%d threads, %s)", threads_.size(), kernels_.name); }
   const void* place(const void* host, size_t) override { return host; }
@@ -67,6 +67,7 @@ class CpuDevice final : public Device {
   void do_moe_gate_up(const MoeGateUpArgs&) override;
   void do_moe_down(const MoeDownArgs&) override;
   void do_concat_matmul(const ConcatMatmulArgs&) override;
+  void do_expert_pairs(const ExpertPairsArgs&) override;
 
   // ---- scratch. take_... hand out pieces of the common scratch; reset_scratch() at the start of an operation takes all back.
   void reset_scratch() { rows_used_ = pointers_used_ = 0; }

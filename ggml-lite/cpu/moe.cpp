@@ -185,4 +185,56 @@ void CpuDevice::do_moe_down(const MoeDownArgs& a) {
   });
 }
 
+// gate_up and down of any pairs, in one parallel region
+void CpuDevice::do_expert_pairs(const ExpertPairsArgs& a) {
+  const int64_t tokens = a.x.rows(), pairs = a.token.rows(), f = a.experts.f, columns = f / 8;
+  const Matrix up = make_matrix(kernels_, a.experts.gate_up(0), a.act), down = make_matrix(kernels_, a.experts.down(0), a.act);
+  const int64_t stride = a.experts.layout().stride;
+  QN_CHECK(2 * (a.experts.count + 1) + pairs <= lists_size_, "expert_pairs: %d experts and %lld pairs, reserve() had less", a.experts.count,
+           static_cast<long long>(pairs));
+  reset_scratch();
+  const Rows x = take_rows(tokens, up.product.bytes), inner = take_rows(pairs, round_up(f, 16) * 4), z = take_rows(pairs, down.product.bytes);
+  const uint8_t **sorted = take_pointers(pairs), **sorted_inner = take_pointers(pairs);
+  Routed r;
+  sort_by_expert(view(a.expert.data, DType::I32, pairs, 1), a.experts.count, r);
+  for (int64_t i = 0; i < pairs; i++) sorted[i] = x[a.token.i32()[r.pair[i]]], sorted_inner[i] = z[i];
+  threads_.run([&](int thread) {
+    for (int64_t t = thread; t < tokens; t += threads_.size()) kernels_.prepare(up.product, a.act, a.x.f32(t), x[t]);
+    threads_.barrier(thread);
+    spread(r.active * columns, 2, [&](Range range) {
+      for (int64_t at = range.begin; at < range.end;) {
+        const int64_t e = at / columns, end = std::min(range.end, (e + 1) * columns);
+        const int32_t begin = r.first[e];
+        Matrix m = up;
+        m.data += r.id[e] * stride;
+        multiply_swiglu(kernels_, m, {at - e * columns, end - e * columns}, sorted + begin, r.first[e + 1] - begin,
+                        [&](int64_t column, int64_t i, const float* v) { std::memcpy(reinterpret_cast<float*>(inner[begin + i]) + column, v, 8 * 4); });
+        at = end;
+      }
+    });
+    threads_.barrier(thread);
+    if (thread == 0) threads_.reset_tasks();
+    for (int64_t i = thread; i < pairs; i += threads_.size()) kernels_.prepare(down.product, a.act, reinterpret_cast<const float*>(inner[i]), z[i]);
+    threads_.barrier(thread);
+    spread(down.panels(), 1, [&](Range panels) {
+      const int64_t first = panels.begin * kPanelRows, n = std::min(panels.end * kPanelRows, down.rows) - first;
+      for (int64_t t = 0; t < tokens; t++) std::memset(a.y.f32(t) + first, 0, static_cast<size_t>(n) * 4);
+      for (int e = 0; e < r.active; e++) {
+        const int32_t begin = r.first[e];
+        Matrix m = down;
+        m.data += r.id[e] * stride;
+        if (e + 1 < r.active)  // as in do_moe_down
+          for (int64_t i = 0; i < 2048; i += 64) __builtin_prefetch(down.data + r.id[e + 1] * stride + panels.begin * m.panel_stride + i);
+        multiply(m, panels, sorted_inner + begin, r.first[e + 1] - begin, [&](int64_t row, int rows, int64_t i0, int count, const float* tile) {
+          for (int i = 0; i < count; i++) {
+            const int32_t pair = r.pair[begin + i0 + i];
+            float* y = a.y.f32(a.token.i32()[pair]) + row;
+            for (int j = 0; j < rows; j++) y[j] += a.weight.f32()[pair] * tile[i * kPanelRows + j];
+          }
+        });
+      }
+    });
+  });
+}
+
 }  // namespace qn::cpu

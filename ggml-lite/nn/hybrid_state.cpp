@@ -186,7 +186,7 @@ uint64_t HybridState::hash(int position, uint64_t before) const {
     for (const Tensor& t : cache(layer).tensors())
       for (int64_t head = 0; head < shape_.kv_heads; head++) {
         host.resize(static_cast<size_t>(valid * t.shape[2] * item_bytes(t.dtype)));
-        if (valid) device_.download(host.data(), t.slice(head, 1).data, host.size());
+        device_.download(host.data(), t.slice(head, 1).data, host.size());
         kv = crc32c(host, kv);
       }
   }

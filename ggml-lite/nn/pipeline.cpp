@@ -16,6 +16,7 @@ void Pipeline::prepare(const StepParams (&step)[2], std::span<const int32_t> ids
 }
 
 void Pipeline::run(int n, uint64_t key, const std::function<void(size_t)>& body) {
+  if (before_pass) before_pass();
   for (size_t i = 0; i < stages_.size(); i++) {
     PipelineStage& s = *stages_[i];
     if (i) s.device.copy_from(s.h.data, stages_[i - 1]->device, stages_[i - 1]->h.data, static_cast<size_t>(n * s.h.cols()) * sizeof(float));

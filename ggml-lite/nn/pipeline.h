@@ -31,6 +31,7 @@ struct PipelineStage {
 class Pipeline {
  public:
   void add(PipelineStage& stage) { stages_.push_back(&stage); }  // in the order of the layers
+  std::function<void()> before_pass;                             // empty, or called by run() before anything is asked for
 
   // What the next pass is about. ids to the first stage, and to the last if `ids_at_end`.
   void prepare(const StepParams (&step)[2], std::span<const int32_t> ids, bool ids_at_end);

@@ -11,6 +11,14 @@ void sparse_moe(Device& device, const MoeWeights& w, const MoeScratch& s, const 
   r.x = s.x.slice(0, t), r.logits = s.logits.slice(0, t), r.shared = s.shared.slice(0, t), r.shared_scale = s.shared_scale.slice(0, t);
   device.moe_router(r);
 
+  const bool placed = w.experts.home && t <= kPlacedTokens;
+  if (placed) {
+    PlaceExpertsArgs p;
+    p.x = r.x, p.logits = r.logits, p.renormalise = w.renormalise, p.experts = w.experts;
+    p.ids = s.ids.slice(0, t), p.weights = s.weights.slice(0, t), p.box = s.box;
+    device.place_experts(p);
+  }
+
   MoeGateUpArgs up;
   up.x = r.x, up.logits = r.logits, up.renormalise = w.renormalise, up.act = expert_act, up.experts = w.experts;
   up.ids = s.ids.slice(0, t), up.weights = s.weights.slice(0, t), up.inner = s.inner.slice(0, t * w.chosen);
@@ -20,6 +28,10 @@ void sparse_moe(Device& device, const MoeWeights& w, const MoeScratch& s, const 
   down.ids = up.ids, down.weights = up.weights, down.inner = up.inner, down.act = expert_act, down.experts = w.experts;
   down.shared = r.shared, down.shared_scale = r.shared_scale, down.shared_act = act, down.shared_down = w.shared_down, down.h = h;
   device.moe_down(down);
+  if (!placed) return;
+  JoinExpertsArgs join;
+  join.box = s.box, join.h = h;
+  device.join_experts(join);
 }
 
 }  // namespace qn

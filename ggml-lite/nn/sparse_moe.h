@@ -23,6 +23,7 @@ struct MoeScratch {
   Tensor ids;           // (T, K) I32
   Tensor weights;       // (T, K)
   Tensor inner;         // (T*K, F)
+  ExpertBox box;        // where experts have a home
 };
 
 // h (T, D) in/out

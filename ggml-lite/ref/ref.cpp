@@ -270,6 +270,20 @@ class RefDevice final : public Device {
     }
   }
 
+  void do_expert_pairs(const ExpertPairsArgs& a) override {
+    for (int64_t t = 0; t < a.x.rows(); t++) {
+      std::ranges::fill(std::span(a.y.f32(t), static_cast<size_t>(a.y.cols())), 0.f);
+      const Vec x(a.x.f32(t), a.x.f32(t) + a.x.cols());
+      for (int32_t e = 0; e < a.experts.count; e++)
+        for (int64_t i = 0; i < a.token.rows(); i++) {
+          if (a.token.i32()[i] != t || a.expert.i32()[i] != e) continue;
+          Vec y = matmul(a.experts.down(e), swiglu(a.experts.gate_up(e), x, a.act), a.act);
+          for (float& v : y) v *= a.weight.f32()[i];
+          add(a.y, t, y);
+        }
+    }
+  }
+
   void do_concat_matmul(const ConcatMatmulArgs& a) override {
     for (int64_t t = 0; t < a.a.rows(); t++) {
       Vec x = normed(a.a, t, a.norm_a, a.eps);

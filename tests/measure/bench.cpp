@@ -213,6 +213,7 @@ struct Run {
   double open_seconds = 0, measured = 0, roof = 0;  // bytes/s: a plain read here and now; the larger of that and --bandwidth
   qn::LoadReport load;
   MemoryUse memory{};
+  OffloadUse offload{};
   uint64_t measured_in = 0;  // resident set while bandwidth was measured, if that raised it
   std::vector<Result> results;
 
@@ -659,6 +660,11 @@ void notes(const Run& run) {
   if (run.memory.device_total)
     line("", qn::format("VRAM in use %s of %s, %+.1f %% against the plan", gib(run.memory.device_used).c_str(),
                         gib(run.memory.device_total).c_str(), 100 * (used / planned - 1)));
+  for (const qnext::DevicePlan& d : p.devices)
+    if (d.slots) line("experts", qn::format("%s: %d of %d of every layer", d.device.c_str(), d.slots, run.info.experts));
+  if (const OffloadUse& o = run.offload; o.steps)
+    line("", qn::format("the CPU computed %.1f in each of %llu steps of a layer, in %.1f us%s", static_cast<double>(o.experts) / static_cast<double>(o.steps),
+                        static_cast<unsigned long long>(o.steps), 1e6 * o.seconds / static_cast<double>(o.steps), o.pinned ? "" : "; the GPU cannot fetch: memory is not pinned"));
   line("", "resident set of the process " + gib(qn::peak_rss()) + " at its peak" +
                (run.measured_in ? ", which was while measuring bandwidth unless it is above " + gib(run.measured_in) : ""));
 }
@@ -806,6 +812,7 @@ void run_model(const std::string& path, const Args& a, std::vector<Run>& runs, O
     if (text.empty()) qn::fail("%s: the text is empty", a.text.c_str());
   }
   Bench(engine, a, run, text).all([&](const Result& r) { output.add(run, r); });
+  run.offload = engine.offload_use();
 }
 
 // A chart must not take the place of what is measured.
