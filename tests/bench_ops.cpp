@@ -52,8 +52,8 @@ struct Benchmark {
   Act act;
   double layer_ms = 0;  // summed by token()
 
-  // Runs op(copy) over all copies until 0.4 s have gone; prints and returns milliseconds per call of the best round.
-  double time(const char* name, int64_t tokens, double bytes, int copies, const std::function<void(int)>& op) {
+  // `products`: multiplications and additions of a token. Runs op(copy) over all copies until 0.4 s have gone; prints and returns milliseconds per call of the best round.
+  double time(const char* name, int64_t tokens, double bytes, double products, int copies, const std::function<void(int)>& op) {
     double best = 1e30, spent = 0;
     for (int round = 0; round < 3 || spent < 0.4; round++) {
       const auto start = std::chrono::steady_clock::now();
@@ -62,8 +62,8 @@ struct Benchmark {
       spent += s;
       if (round) best = std::min(best, s / copies);
     }
-    std::printf("%-34s T=%-4lld %9.3f ms %8.2f GB/s %5.0f %%  %8.3f ms/token\n", name, static_cast<long long>(tokens), best * 1e3, bytes / best / 1e9,
-                100 * bytes / best / bandwidth, best * 1e3 / static_cast<double>(tokens));
+    std::printf("%-34s T=%-4lld %9.3f ms %8.2f GB/s %5.0f %%  %8.3f ms/token %8.1f GFLOP/s\n", name, static_cast<long long>(tokens), best * 1e3, bytes / best / 1e9,
+                100 * bytes / best / bandwidth, best * 1e3 / static_cast<double>(tokens), 2 * products * static_cast<double>(tokens) / best / 1e9);
     std::fflush(stdout);
     return best * 1e3;
   }
@@ -76,7 +76,7 @@ struct Benchmark {
     for (int c = 0; c < copies; c++) fill_weights(weights.data() + c * bytes, f.type, n, k, f.group);
     NormMatmulArgs a;
     a.h = floats(keep, d, t, k), a.norm = floats(keep, d, k), a.act = act, a.y = floats(keep, d, t, n);
-    return time(name, t, static_cast<double>(bytes), copies, [&](int c) {
+    return time(name, t, static_cast<double>(bytes), static_cast<double>(n * k), copies, [&](int c) {
       a.w = weight(weights.data() + c * bytes, f.type, n, k, f.group);
       d.norm_matmul(a);
     });
@@ -107,7 +107,7 @@ struct Benchmark {
     MoeRouterArgs r;
     r.h = floats(keep, d, t, width), r.norm = floats(keep, d, width), r.x = floats(keep, d, t, width), r.logits = floats(keep, d, t, e);
     r.shared = floats(keep, d, t, inner), r.shared_scale = floats(keep, d, t), r.shared_act = act;
-    double ms = time("moe_router", t, static_cast<double>(router + up), copies, [&](int c) {
+    double ms = time("moe_router", t, static_cast<double>(router + up), width * (e + 2 * inner), copies, [&](int c) {
       uint8_t* p = dense.data() + c * shared;
       r.router = weight(p, DType::BF16, e, width), r.shared_gate = weight(p + router, DType::BF16, 1, width);
       r.shared_gate_up = weight(p + router + 128 * width, rest.type, 2 * inner, width, rest.group);
@@ -129,7 +129,7 @@ struct Benchmark {
       for (bool s : seen) touched[static_cast<size_t>(i)] += s;
       all += touched[static_cast<size_t>(i)] / 24;
     }
-    ms += time("moe_gate_up", t, all * static_cast<double>(l.down_offset), 24, [&](int c) {
+    ms += time("moe_gate_up", t, all * static_cast<double>(l.down_offset), k * width * 2 * inner, 24, [&](int c) {
       g.logits = logits[static_cast<size_t>(c)];
       d.moe_gate_up(g);
     });
@@ -143,7 +143,7 @@ struct Benchmark {
       g.logits = logits[static_cast<size_t>(i)], g.ids = ids.back();
       d.moe_gate_up(g);
     }
-    return ms + time("moe_down", t, all * static_cast<double>(l.bytes - l.down_offset) + static_cast<double>(down), 24, [&](int c) {
+    return ms + time("moe_down", t, all * static_cast<double>(l.bytes - l.down_offset) + static_cast<double>(down), (k + 1) * width * inner, 24, [&](int c) {
              m.ids = ids[static_cast<size_t>(c)];
              m.shared_down = weight(dense.data() + c % copies * shared + router + 128 * width + up, rest.type, width, inner, rest.group);
              d.moe_down(m);
@@ -159,7 +159,7 @@ struct Benchmark {
     for (int c = 0; c < copies; c++) fill_weights(weights.data() + c * bytes, f.type, n, k, f.group);
     GatedNormMatmulArgs a;
     a.o = floats(keep, d, t, k), a.z = floats(keep, d, t, k), a.norm = floats(keep, d, 128), a.act = act, a.h = floats(keep, d, t, n);
-    return time(name, t, static_cast<double>(bytes), copies, [&](int c) {
+    return time(name, t, static_cast<double>(bytes), static_cast<double>(n * k), copies, [&](int c) {
       a.w = weight(weights.data() + c * bytes, f.type, n, k, f.group);
       d.gated_norm_matmul(a);
     });
@@ -175,7 +175,7 @@ struct Benchmark {
     const Tensor state = floats(keep, d, layers * gv, w, w), ring = floats(keep, d, layers * 4, ch);
     const StepParams step{100, static_cast<int32_t>(t)};
     a.key_heads = gk, a.value_heads = gv, a.step = &step;
-    return time("delta_net (state read + written)", t, 2.0 * gv * w * w * 4, layers, [&](int c) {
+    return time("delta_net (state read + written)", t, 2.0 * gv * w * w * 4, 4.0 * gv * w * w, layers, [&](int c) {
       a.state = state.slice(c * gv, gv), a.conv_ring = ring.slice(c * 4, 4);
       d.delta_net(a);
     });
@@ -195,7 +195,7 @@ struct Benchmark {
     a.heads = heads, a.kv_heads = kv, a.step = &step;
     char name[40];
     std::snprintf(name, sizeof name, "attention at %lld, %s", static_cast<long long>(context), qn::name(type));
-    return time(name, t, 2.0 * static_cast<double>(one + scales), layers, [&](int c) {
+    return time(name, t, 2.0 * static_cast<double>(one + scales), 2.0 * static_cast<double>(heads * w * context), layers, [&](int c) {
       a.k_cache = view(cache + 2 * c * one, type, kv, context, w), a.v_cache = view(cache + (2 * c + 1) * one, type, kv, context, w);
       uint8_t* of_codes = cache + 2 * layers * one + 2 * c * scales;
       if (scales) a.k_scales = view(of_codes, DType::F16, kv, context, w / kKvGroup), a.v_scales = view(of_codes + scales, DType::F16, kv, context, w / kKvGroup);

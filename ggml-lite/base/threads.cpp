@@ -1,6 +1,10 @@
 #include "ggml-lite/base/threads.h"
 
 #include <sched.h>
+#if defined(__linux__) && defined(__x86_64__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 
 #include <algorithm>
 #include <atomic>
@@ -91,6 +95,16 @@ int default_threads() {
     cores.insert(siblings);
   }
   return std::max(1, std::min(static_cast<int>(cores.size()), usable_processors()));
+}
+
+bool allow_tiles() {
+#if defined(__linux__) && defined(__x86_64__)
+  constexpr long kRequest = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, for all threads; the state component of tile data
+  static const bool allowed = syscall(SYS_arch_prctl, kRequest, kTileData) == 0;
+  return allowed;
+#else
+  return false;
+#endif
 }
 
 // Every waiting is for a counter to move on: the epoch (a new job), the phase of the barrier, the workers still running.

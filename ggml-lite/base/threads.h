@@ -44,6 +44,9 @@ class Threads {
 // Physical cores this process may run on (affinity mask, cgroup quota), at least 1.
 int default_threads();
 
+// Whether the system lets this process use the tile registers of AMX. It must be asked before the first use; asking again is free.
+bool allow_tiles();
+
 // Contiguous share [begin, end) of n items for one of `parts`; shares differ by at most one item.
 struct Range {
   int64_t begin, end;

@@ -1,5 +1,9 @@
 #include "ggml-lite/cpu/cpu.h"
 
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
+
 #include <chrono>
 #include <cstring>
 #include <utility>
@@ -46,25 +50,34 @@ double cpu_read_bandwidth(int threads, uint64_t most) {
 
 namespace cpu {
 
-const Kernels* kernels_of(Isa isa, bool bf16) {
+#if defined(__x86_64__)
+// AMX-TILE and AMX-INT8; whether the system saves tiles is what allow_tiles() asks
+static bool has_int8_tiles() {
+  unsigned a, b, c, d;
+  return __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d >> 24 & 3) == 3;
+}
+#endif
+
+const Kernels* kernels_of(Isa isa, Extra most) {
 #if defined(__x86_64__)
   // Also false where the operating system does not save the wide registers. F16C is older than AVX2 and in every processor with it.
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
                       __builtin_cpu_supports("avx512vnni");
-  const bool avx512bf16 = avx512 && __builtin_cpu_supports("avx512bf16");
+  const bool bf16 = most >= Extra::Bf16 && avx512 && __builtin_cpu_supports("avx512bf16");
+  const bool amx = most >= Extra::Amx && bf16 && has_int8_tiles() && allow_tiles();
 #else
-  const bool avx2 = false, avx512 = false, avx512bf16 = false;
+  const bool avx2 = false, avx512 = false, bf16 = false, amx = false;
 #endif
   switch (isa) {
     case Isa::Scalar: return scalar_kernels();
     case Isa::Avx2: return avx2 ? avx2_kernels() : nullptr;
-    case Isa::Avx512: return bf16 && avx512bf16 ? avx512bf16_kernels() : avx512 ? avx512_kernels() : nullptr;
+    case Isa::Avx512: return amx ? amx_kernels() : bf16 ? avx512bf16_kernels() : avx512 ? avx512_kernels() : nullptr;
     case Isa::Auto: break;
   }
   for (Isa best : {Isa::Avx512, Isa::Avx2})
-    if (const Kernels* k = kernels_of(best, bf16)) return k;
+    if (const Kernels* k = kernels_of(best, most)) return k;
   return scalar_kernels();
 }
 
@@ -105,15 +118,17 @@ CpuDevice::Scratch CpuDevice::lay_out(const OpLimits& m) const {
   s.rows_size = m.tokens * std::max(4 * round_up(width, 64) + largest_prepared_row(width),
                                     m.chosen * (4 * round_up(m.expert_width, 16) + largest_prepared_row(m.expert_width)) + largest_prepared_row(width)) + 256;
   s.pointers_size = m.tokens * (2 + 4 * int64_t{m.chosen});
-  s.local_floats = round_up(3 * width + m.heads * (2 * kPartExtra + kKeys) + 16 * (m.key_dim + m.value_dim) + 64, 1024);
+  s.local_floats = round_up(3 * width + m.heads * (2 * kPartExtra + kKeys) + (2 * kDeltaBlock + 16) * (m.key_dim + m.value_dim) + 64, 1024);
   const int64_t blocks = m.heads ? m.context / kKeys + 1 : 0;
   s.parts_floats = blocks ? std::max<int64_t>(blocks * (width + m.heads * kPartExtra), int64_t{1} << 21) : 0;
+  // panels as bytes, with a scale for 32 of them at least; and the tokens that meet them, where these lie apart
+  s.unpacked = kPanels * (round_up(width, kPadK) * kPanelRows * 9 / 8) + kBlock * (round_up(width, kPadK) * 5 / 4 + 64);
   s.lists_size = 2 * (int64_t{m.experts} + 1) + m.tokens * int64_t{m.chosen};
 
   s.bytes = 0;
   auto carve = [&s](int64_t bytes) { return std::exchange(s.bytes, s.bytes + round_up(bytes, 4096)); };
   s.rows_at = carve(s.rows_size), s.pointers_at = carve(s.pointers_size * 8);
-  s.locals_at = carve(threads_.size() * s.local_floats * 4);
+  s.locals_at = carve(threads_.size() * s.local_floats * 4), s.unpacked_at = carve(threads_.size() * s.unpacked);
   s.parts_at = carve(s.parts_floats * 4), s.lists_at = carve(s.lists_size * 4);
   return s;
 }
@@ -130,6 +145,7 @@ void CpuDevice::reserve(const OpLimits& limits) {
   rows_size_ = s.rows_size, row_bytes_ = p + s.rows_at;
   pointers_size_ = s.pointers_size, pointers_ = reinterpret_cast<const uint8_t**>(p + s.pointers_at);
   local_floats_ = s.local_floats, locals_ = reinterpret_cast<float*>(p + s.locals_at);
+  unpacked_size_ = s.unpacked, unpacked_ = p + s.unpacked_at;
   parts_floats_ = s.parts_floats, parts_ = reinterpret_cast<float*>(p + s.parts_at);
   lists_size_ = s.lists_size, lists_ = reinterpret_cast<int32_t*>(p + s.lists_at);
 }
@@ -155,7 +171,7 @@ void CpuDevice::check_local(const char* op, int64_t floats) const {
 
 // ---- matrices
 
-int64_t largest_prepared_row(int64_t k) { return round_up(k, kPadK) * 4; }  // fp32; Bytes take 2.25 a value at most
+int64_t largest_prepared_row(int64_t k) { return round_up(k, kPadK) * 4; }  // fp32; Bytes take 1.25 a value at most
 
 Matrix make_matrix(const Kernels& kernels, const Tensor& w, Act act) {
   Matrix m;
@@ -169,7 +185,7 @@ Matrix make_matrix(const Kernels& kernels, const Tensor& w, Act act) {
   auto find = [&] { return kernels.product[static_cast<int>(p.form)][static_cast<int>(p.dtype)]; };
   if (!find()) p.form = Form::F32;
   m.multiply = find();
-  const int64_t value_bytes = p.form == Form::F32 ? 4 : 2;
+  const int64_t value_bytes = p.form == Form::F32 ? 4 : p.form == Form::Bytes ? 1 : 2;
   const int64_t groups = p.form == Form::Bytes ? p.kp / p.group : p.form == Form::Codes ? (p.k + kActGroup - 1) / kActGroup : 0;
   p.scales_at = p.kp * value_bytes;
   p.sums_at = p.scales_at + groups * 4;
@@ -179,6 +195,8 @@ Matrix make_matrix(const Kernels& kernels, const Tensor& w, Act act) {
   if (is_t16(w.dtype)) {
     p.tiles_at = t16_scale_bytes(p.k, p.group);
     m.panel_stride = t16_panel_bytes(p.dtype, p.k, p.group);
+    if (p.form == Form::Bytes && kernels.many[static_cast<int>(p.dtype)].least) m.many = &kernels.many[static_cast<int>(p.dtype)];
+    p.unpacked = p.kp / p.group * 64 + p.kp * kPanelRows;
   } else {
     m.panel_stride = kPanelRows * w.row_stride * item_bytes(w.dtype);
   }

@@ -5,6 +5,7 @@
 // is read once for all tokens of the call. Decode is bound by reading weights, so a range is contiguous and long.
 #pragma once
 #include <algorithm>
+#include <cstring>
 #include <map>
 
 #include "ggml-lite/base/check.h"
@@ -20,6 +21,7 @@ namespace qn::cpu {
 struct Matrix {
   Product product;
   ProductFn multiply = nullptr;
+  const Many* many = nullptr;  // of T16 and Bytes, where the instruction set has one
   const uint8_t* data = nullptr;
   int64_t rows = 0, panel_stride = 0;  // bytes from panel to panel
 
@@ -36,9 +38,10 @@ struct Rows {
   uint8_t* operator[](int64_t i) const { return data + i * stride; }
 };
 
-// Null where the machine lacks the level. Avx512 is two tables, with and without the instructions for BF16; `bf16` = false asks
-// for the plainer one where either would do.
-const Kernels* kernels_of(Isa isa, bool bf16 = true);
+// Null where the machine lacks the level. Avx512 is three tables: plain, with the instructions for BF16, with AMX as well; the best
+// one there is, unless `most` asks for a plainer one.
+enum class Extra { None, Bf16, Amx };
+const Kernels* kernels_of(Isa isa, Extra most = Extra::Amx);
 
 class CpuDevice final : public Device {
  public:
@@ -75,15 +78,31 @@ class CpuDevice final : public Device {
   const uint8_t** take_pointers(int64_t n);
   float* local(int thread) const { return locals_ + thread * local_floats_; }  // of one thread, local_floats_ of them
   void check_local(const char* op, int64_t floats) const;
+  uint8_t* unpacked(int thread) const { return unpacked_ + thread * unpacked_size_; }
 
   // ---- inside a parallel region
   // body(Range) on contiguous ranges of n units, each unit once, over all threads. More ranges than threads even out threads of
   // unequal speed; fewer keep the streams long.
   template <class Body>
-  void spread(int64_t n, int per_thread, Body body) {
-    const int ranges = static_cast<int>(std::min<int64_t>(n, threads_.size() == 1 ? 1 : per_thread * threads_.size()));
-    for (int64_t i; (i = threads_.next_task()) < ranges;) body(share(n, static_cast<int>(i), ranges));
+  void spread(int64_t n, int per_thread, Body body, int64_t first = -1) {
+    const int count = ranges(n, per_thread);
+    for (int64_t i = first < 0 ? threads_.next_task() : first; i < count; i = threads_.next_task()) body(share(n, static_cast<int>(i), count));
   }
+  int ranges(int64_t n, int per_thread) const {
+    return static_cast<int>(std::min<int64_t>(n, threads_.size() == 1 ? 1 : per_thread * threads_.size()));
+  }
+  // For a thread that has nothing to prepare: takes its first range for spread() and asks for the weights where(unit) that begin it, so
+  // that memory works while other threads do.
+  template <class Where>
+  int64_t look_ahead(int64_t n, int per_thread, Where where) {
+    const int count = ranges(n, per_thread);
+    const int64_t i = threads_.next_task();
+    if (i >= count) return i;
+    const uint8_t* w = where(share(n, static_cast<int>(i), count).begin);
+    for (int64_t at = 0; at < kLookAhead; at += 64) __builtin_prefetch(w + at, 0, 2);
+    return i;
+  }
+  static constexpr int64_t kLookAhead = 16384;
   void norm(const float* x, const Tensor& w, float eps, int64_t n, float* y) const;  // an empty w copies
   struct Routed;
   void route(const MoeGateUpArgs& a, int64_t t) const;
@@ -100,8 +119,8 @@ class CpuDevice final : public Device {
 
   // Sizes of the pieces of the scratch for these limits, and where they begin in it
   struct Scratch {
-    int64_t rows_size, pointers_size, local_floats, parts_floats, lists_size;
-    int64_t rows_at, pointers_at, locals_at, parts_at, lists_at, bytes;
+    int64_t rows_size, pointers_size, local_floats, unpacked, parts_floats, lists_size;
+    int64_t rows_at, pointers_at, locals_at, unpacked_at, parts_at, lists_at, bytes;
   };
   Scratch lay_out(const OpLimits& limits) const;
 
@@ -117,6 +136,8 @@ class CpuDevice final : public Device {
   int64_t rows_used_ = 0, pointers_used_ = 0;
   float* locals_ = nullptr;
   int64_t local_floats_ = 0;
+  uint8_t* unpacked_ = nullptr;       // of each thread, kPanels panels and kBlock rows of tokens
+  int64_t unpacked_size_ = 0;
   float* parts_ = nullptr;            // partial results of attention over blocks of keys
   int64_t parts_floats_ = 0;
   int32_t* lists_ = nullptr;          // tokens sorted by expert
@@ -127,40 +148,77 @@ inline Range clip(Range r, int64_t begin, int64_t end) {
   return {std::max(r.begin, begin) - begin, std::min(r.end, end) - begin};
 }
 
-// y = W x for the panels of a range; emit(first row, rows, first token, tokens, tile): tile[16 * t + r]
+inline bool even(const uint8_t* const* x, int64_t n) {
+  for (int64_t i = 2; i < n; i++)
+    if (x[i] - x[i - 1] != x[1] - x[0]) return false;
+  return true;
+}
+
+// Of multiply(): tokens x are `first` and those after it
 template <class Emit>
-void multiply(const Matrix& m, Range panels, const uint8_t* const* x, int64_t tokens, Emit emit) {
-  alignas(64) float tile[kBlock * kPanelRows];
-  for (int64_t i = panels.begin; i < panels.end; i++) {
-    const int rows = static_cast<int>(std::min<int64_t>(kPanelRows, m.rows - i * kPanelRows));
-    for (int64_t t = 0; t < tokens; t += kBlock) {
-      const int n = static_cast<int>(std::min<int64_t>(kBlock, tokens - t));
-      m.multiply(m.product, m.data + i * m.panel_stride, rows, x + t, n, tile);
-      emit(i * kPanelRows, rows, t, n, tile);
+void multiply_rows(const Matrix& m, Range panels, const uint8_t* const* x, int64_t first, int64_t tokens, bool many, uint8_t* unpacked, Emit& emit,
+                   const uint8_t* then) {
+  alignas(64) float tile[kPanels * kBlock * kPanelRows];
+  const int step = many ? kPanels : 1;
+  for (int64_t i = panels.begin; i < panels.end; i += step) {
+    const int n = static_cast<int>(std::min<int64_t>(step, panels.end - i));
+    const uint8_t* w = m.data + i * m.panel_stride;
+    for (int j = 0; many && j < n; j++) m.many->unpack(m.product, w + j * m.panel_stride, unpacked + j * m.product.unpacked);
+    const int64_t left = std::min<int64_t>(kPanels, panels.end - i - n);
+    const uint8_t* next = left > 0 ? w + n * m.panel_stride : then;
+    int64_t next_bytes = next ? (left > 0 ? left : kPanels) * m.panel_stride : 0;
+    for (int64_t t = 0; t < tokens; t += kBlock, next_bytes = 0) {
+      const int count = static_cast<int>(std::min<int64_t>(kBlock, tokens - t));
+      auto rows = [&](int64_t panel) { return static_cast<int>(std::min<int64_t>(kPanelRows, m.rows - panel * kPanelRows)); };
+      if (many) m.many->multiply(m.product, unpacked, n, x + t, count, next, next_bytes, tile);
+      else m.multiply(m.product, w, rows(i), x + t, count, tile);
+      for (int j = 0; j < n; j++) emit((i + j) * kPanelRows, rows(i + j), first + t, count, tile + j * kBlock * kPanelRows);
     }
+  }
+}
+
+// y = W x for the panels of a range; emit(first row, rows, first token, tokens, tile): tile[16 * t + r]. Many tokens need `unpacked`,
+// room for kPanels panels and kBlock rows x. `then`: weights of this form that will be read after these, if known.
+template <class Emit>
+void multiply(const Matrix& m, Range panels, const uint8_t* const* x, int64_t tokens, uint8_t* unpacked, Emit emit, const uint8_t* then = nullptr) {
+  const bool many = m.many && tokens >= m.many->least;
+  if (!many || !m.many->even || even(x, tokens)) return multiply_rows(m, panels, x, 0, tokens, many, unpacked, emit, then);
+  const uint8_t* rows[kBlock];
+  uint8_t* to = unpacked + kPanels * m.product.unpacked;
+  for (int64_t t = 0; t < tokens; t += kBlock) {
+    const int64_t n = std::min<int64_t>(kBlock, tokens - t);
+    for (int64_t i = 0; i < n; i++) {
+      rows[i] = to + i * m.product.bytes;
+      std::memcpy(to + i * m.product.bytes, x[t + i], static_cast<size_t>(m.product.bytes));
+    }
+    multiply_rows(m, panels, rows, t, n, true, unpacked, emit, then);
   }
 }
 
 // silu(gate) * up of a (2F, D) matrix; unit i is columns 8i..8i+7 of the result. A panel of T16 holds 8 rows of both;
 // row-major has all gate rows before all up rows. emit(first column, token, 8 values)
 template <class Emit>
-void multiply_swiglu(const Kernels& kernels, const Matrix& m, Range units, const uint8_t* const* x, int64_t tokens, Emit emit) {
+void multiply_swiglu(const Kernels& kernels, const Matrix& m, Range units, const uint8_t* const* x, int64_t tokens, uint8_t* unpacked, Emit emit,
+                     const uint8_t* then = nullptr) {
+  auto combine = [&](int64_t unit, int64_t t, int n, const float* tile) {
+    alignas(64) float gate[kBlock * 8], up[kBlock * 8];  // whole vectors of several tokens
+    for (int j = 0; j < n; j++) {
+      std::memcpy(gate + 8 * j, tile + j * kPanelRows, 32);
+      std::memcpy(up + 8 * j, tile + j * kPanelRows + 8, 32);
+    }
+    kernels.silu_mul(gate, up, 8 * n, gate);
+    for (int j = 0; j < n; j++) emit(unit * 8, t + j, gate + 8 * j);
+  };
+  if (is_t16(m.product.dtype))
+    return multiply(m, units, x, tokens, unpacked, [&](int64_t row, int, int64_t t, int n, const float* tile) { combine(row / kPanelRows, t, n, tile); }, then);
   alignas(64) float tile[kBlock * kPanelRows];
-  const int64_t half = m.panel_stride / 2;  // row-major: 8 rows
+  const int64_t half = m.panel_stride / 2;  // 8 rows
   for (int64_t i = units.begin; i < units.end; i++)
     for (int64_t t = 0; t < tokens; t += kBlock) {
       const int n = static_cast<int>(std::min<int64_t>(kBlock, tokens - t));
-      if (is_t16(m.product.dtype)) {
-        m.multiply(m.product, m.data + i * m.panel_stride, kPanelRows, x + t, n, tile);
-      } else {
-        m.multiply(m.product, m.data + i * half, 8, x + t, n, tile);
-        m.multiply(m.product, m.data + (m.rows / 16 + i) * half, 8, x + t, n, tile + 8);
-      }
-      for (int j = 0; j < n; j++) {
-        float* row = tile + j * kPanelRows;
-        kernels.silu_mul(row, row + 8, 8, row);
-        emit(i * 8, t + j, row);
-      }
+      m.multiply(m.product, m.data + i * half, 8, x + t, n, tile);
+      m.multiply(m.product, m.data + (m.rows / 16 + i) * half, 8, x + t, n, tile + 8);
+      combine(i, t, n, tile);
     }
 }
 

@@ -128,16 +128,17 @@ template <int Bits, int T>
     const __m256i lo = _mm256_and_si256(v, low), hi = _mm256_and_si256(_mm256_srli_epi16(v, 4), low);
     QN_UNROLL
     for (int t = 0; t < T; t++) {
-      const uint8_t* xt = x[t] + (unit >> 1) * 128 + (unit & 1) * 32;
-      acc[t] = _mm256_add_epi16(acc[t], _mm256_maddubs_epi16(lo, load_bytes(xt)));
-      acc[t] = _mm256_add_epi16(acc[t], _mm256_maddubs_epi16(hi, load_bytes(xt + 64)));
+      const __m256i xt = load_bytes(x[t] + unit * 32);  // pieces 0 and 2 meet the low nibbles, of row g and of row g + 8
+      acc[t] = _mm256_add_epi16(acc[t], _mm256_maddubs_epi16(lo, _mm256_unpacklo_epi64(xt, xt)));
+      acc[t] = _mm256_add_epi16(acc[t], _mm256_maddubs_epi16(hi, _mm256_unpackhi_epi64(xt, xt)));
     }
   } else {
     const __m256i centred = _mm256_xor_si256(v, _mm256_set1_epi8(static_cast<char>(0x80)));
     const __m256i size = _mm256_abs_epi8(centred);
     QN_UNROLL
     for (int t = 0; t < T; t++) {
-      const __m256i xt = load_bytes(x[t] + unit * 32);
+      const __m128i codes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(x[t] + unit * 16));
+      const __m256i xt = _mm256_permute4x64_epi64(_mm256_castsi128_si256(codes), 0x50);  // piece 0 twice, piece 1 twice
       const __m256i m = _mm256_maddubs_epi16(size, _mm256_sign_epi8(xt, centred));
       acc[t] = _mm256_add_epi32(acc[t], _mm256_madd_epi16(m, ones16()));
     }

@@ -13,7 +13,7 @@ namespace qn::cpu {
 namespace {
 
 using F = __m512;
-constexpr int L = 16, kRows = 2, kTokens = 4, kChains = 2;  // 16 accumulators in 32 registers
+constexpr int L = 16, kRows = 4, kTokens = 3, kChains = 2;  // 24 accumulators in 32 registers
 
 F zero() { return _mm512_setzero_ps(); }
 F all(float x) { return _mm512_set1_ps(x); }
@@ -95,6 +95,7 @@ void codes8(const uint8_t* p, F* out) { out[0] = bytes_less(_mm_unpacklo_epi64(p
 }  // namespace qn::cpu
 
 #include "ggml-lite/cpu/generic.h"
+#include "ggml-lite/cpu/many_avx512.h"
 
 namespace qn::cpu {
 namespace {
@@ -104,7 +105,7 @@ __m512i load_line(const void* p) { return _mm512_loadu_si512(p); }
 // ---- T16 panels times int8 activations (Form::Bytes)
 //
 // One register is one line of a tile, its bytes the unsigned operand of vpdpbusd (after masking nibbles), the activations the
-// signed one; the excess of the codes is undone by the prepared sums. Integer sums are exact, so only the scaling, one fma
+// signed one, each piece of 8 twice, for row g and for row g + 8; the excess of the codes is undone by the prepared sums. Integer sums are exact, so only the scaling, one fma
 // per group, has an order. After a step of a group (or of a tile with two groups of 32) the 16 lanes of a line are per 128 bits
 // [g, g, g+8, g+8]; three rounds of shuffle-and-add fold 8 lines into one register of 16 row sums, in the order
 // 0 8 1 9 | 2 10 3 11 | 4 12 5 13 | 6 14 7 15.
@@ -139,7 +140,6 @@ void scale_group(const Product& p, F w, int64_t g, const uint8_t* const* x, cons
 
 template <int Bits, int Tiles, bool Halves, int T>
 void panel_bytes(const Product& p, const uint8_t* panel, const uint8_t* const* x, float* y) {
-  constexpr int kTileX = Bits == 4 ? 128 : 64;  // prepared bytes that meet one tile
   constexpr int kLines = T <= 2 ? 8 : 4;        // lines in flight: whole tiles in order of addresses where registers allow
   const __m512i low = _mm512_set1_epi8(15);
   F total[T];
@@ -164,25 +164,37 @@ void panel_bytes(const Product& p, const uint8_t* panel, const uint8_t* const* x
         QN_UNROLL
         for (__m512i& v : line) v = _mm512_setzero_si512();
       QN_UNROLL
-      for (int i = 0; i < Tiles; i++)
+      for (int i = 0; i < Tiles; i++) {
+        __m512i twice[Bits == 4 ? 2 : 1][T];
+        QN_UNROLL
+        for (int t = 0; t < T; t++) {
+          const uint8_t* xt = x[t] + (step * Tiles + i) * (Bits == 4 ? 64 : 32);
+          if constexpr (Bits == 4) {  // k 0..7, 16..23, ... meet the low nibbles
+            twice[0][t] = _mm512_unpacklo_epi64(load_line(xt), load_line(xt));
+            twice[1][t] = _mm512_unpackhi_epi64(load_line(xt), load_line(xt));
+          } else {
+            const __m256i codes = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(xt));
+            twice[0][t] = _mm512_permutexvar_epi64(_mm512_set_epi64(3, 3, 2, 2, 1, 1, 0, 0), _mm512_castsi256_si512(codes));
+          }
+        }
         QN_UNROLL
         for (int l = 0; l < kLines; l++) {
           const uint8_t* at = tile + i * kTileBytes + (q + l) * 64;
           if (Bits == 8 && kLines < 8) __builtin_prefetch(at + 8192, 0, 2);  // four tiles in two passes
           const __m512i w = load_line(at);
-          const int64_t x_at = (step * Tiles + i) * kTileX;
           if constexpr (Bits == 4) {
             const __m512i lo = _mm512_and_si512(w, low), hi = _mm512_and_si512(_mm512_srli_epi16(w, 4), low);
             QN_UNROLL
             for (int t = 0; t < T; t++) {
-              s[l][t] = _mm512_dpbusd_epi32(s[l][t], lo, load_line(x[t] + x_at));
-              s[l][t] = _mm512_dpbusd_epi32(s[l][t], hi, load_line(x[t] + x_at + 64));
+              s[l][t] = _mm512_dpbusd_epi32(s[l][t], lo, twice[0][t]);
+              s[l][t] = _mm512_dpbusd_epi32(s[l][t], hi, twice[1][t]);
             }
           } else {
             QN_UNROLL
-            for (int t = 0; t < T; t++) s[l][t] = _mm512_dpbusd_epi32(s[l][t], w, load_line(x[t] + x_at));
+            for (int t = 0; t < T; t++) s[l][t] = _mm512_dpbusd_epi32(s[l][t], w, twice[0][t]);
           }
         }
+      }
       QN_UNROLL
       for (int l = 0; l < kLines; l += 4)
         QN_UNROLL
@@ -223,6 +235,73 @@ void product_panel_bytes(const Product& p, const uint8_t* panel, int, const uint
   else panel_tokens<Bits, 1, kPer32 == 0>(p, panel, x, tokens, y);
 }
 
+// ---- the same for many tokens; see Many
+
+// vpdpbusd by name: from the intrinsic g++ 12 makes copies of the sum, and spills half of 24.
+void add_products(__m512i& sum, __m512i codes, __m512i x) { asm("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(codes), "v"(x)); }
+
+// Sums of a group in P x T registers; the totals of tokens live in y, which the first level of cache holds.
+template <int P, int T>
+void many_tokens(const Product& p, const uint8_t* w, const uint8_t* const* x, Ahead& ahead, float* y) {
+  const int64_t groups = p.kp / p.group;
+  const uint8_t* codes = w + groups * 64;
+  const uint8_t* xt[T];
+  QN_UNROLL
+  for (int t = 0; t < T; t++) xt[t] = x[t];
+  for (int64_t g = 0, k = 0; g < groups; g++) {
+    __m512i s[P][T];
+    QN_UNROLL
+    for (int t = 0; t < T; t++) {
+      const __m512i less = _mm512_set1_epi32(-reinterpret_cast<const int32_t*>(xt[t] + p.sums_at)[g]);
+      QN_UNROLL
+      for (int i = 0; i < P; i++) s[i][t] = less;
+    }
+    ahead.ask();
+    for (const int64_t end = k + p.group; k < end; k += 4, codes += 64) {
+      __m512i a[P];
+      QN_UNROLL
+      for (int i = 0; i < P; i++) a[i] = load_line(codes + i * p.unpacked);
+      QN_UNROLL
+      for (int t = 0; t < T; t++) {
+        int32_t four;
+        std::memcpy(&four, xt[t] + k, 4);
+        const __m512i b = _mm512_set1_epi32(four);
+        QN_UNROLL
+        for (int i = 0; i < P; i++) add_products(s[i][t], a[i], b);
+      }
+    }
+    QN_UNROLL
+    for (int i = 0; i < P; i++) {
+      const F scale = load(reinterpret_cast<const float*>(w + i * p.unpacked) + 16 * g);
+      QN_UNROLL
+      for (int t = 0; t < T; t++) {
+        float* to = y + 16 * (kBlock * i + t);
+        const F by = mul(scale, all(reinterpret_cast<const float*>(xt[t] + p.scales_at)[g]));
+        store(to, fma(_mm512_cvtepi32_ps(s[i][t]), by, g ? load(to) : zero()));
+      }
+    }
+  }
+}
+
+template <int P, int T>
+void many_block(const Product& p, const uint8_t* w, const uint8_t* const* x, int tokens, Ahead& ahead, float* y) {
+  if (tokens == T) return many_tokens<P, T>(p, w, x, ahead, y);
+  if constexpr (T > 1) many_block<P, T - 1>(p, w, x, tokens, ahead, y);
+}
+
+void multiply_many(const Product& p, const uint8_t* w, int panels, const uint8_t* const* x, int tokens, const uint8_t* next, int64_t next_bytes,
+                   float* y) {
+  constexpr int kAtOnce = 12;  // 24 sums in 32 registers
+  const int blocks = (tokens + kAtOnce - 1) / kAtOnce;
+  Ahead ahead(p, next, next_bytes);
+  for (int b = 0; b < blocks; b++) {  // even blocks, for a last one of few tokens would cost as much as a whole one
+    const int t = tokens * b / blocks, n = tokens * (b + 1) / blocks - t;
+    if (panels == 2) many_block<2, kAtOnce>(p, w, x + t, n, ahead, y + 16 * t);
+    else many_block<1, kAtOnce>(p, w, x + t, n, ahead, y + 16 * t);
+  }
+  order_rows(panels, tokens, y);
+}
+
 uint64_t read(const uint8_t* p, int64_t bytes) {
   __m512i s[4] = {};
   for (int64_t i = 0; i < bytes; i += 256)
@@ -243,6 +322,8 @@ const Kernels* avx512_kernels() {
     ProductFn* f = k.product[static_cast<int>(Form::Bytes)];
     f[static_cast<int>(DType::INT8)] = product_panel_bytes<8>;
     f[static_cast<int>(DType::INT4)] = product_panel_bytes<4>;
+    k.many[static_cast<int>(DType::INT8)] = {8, unpack_panel<8, false>, multiply_many, false};
+    k.many[static_cast<int>(DType::INT4)] = {8, unpack_panel<4, false>, multiply_many, false};
     k.read = read;
     return k;
   }();

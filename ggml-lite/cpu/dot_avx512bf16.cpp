@@ -55,24 +55,31 @@ void rows_bf16(const Product& p, const uint16_t* w, const uint8_t* const* x, flo
     for (int r = 0; r < R; r++) y[16 * t + r] = _mm512_reduce_add_ps(Scaled ? total[t][r] : acc[t][r]);
 }
 
-template <bool Scaled, int R>
-void rows_bf16_tokens(const Product& p, const uint16_t* w, const uint8_t* const* x, int tokens, float* y) {
-  int t = 0;
-  for (; t + 4 <= tokens; t += 4) rows_bf16<Scaled, R, 4>(p, w, x + t, y + 16 * t);
-  switch (tokens - t) {
-    case 3: return rows_bf16<Scaled, R, 3>(p, w, x + t, y + 16 * t);
-    case 2: return rows_bf16<Scaled, R, 2>(p, w, x + t, y + 16 * t);
-    case 1: return rows_bf16<Scaled, R, 1>(p, w, x + t, y + 16 * t);
-  }
+template <bool Scaled, int T>
+void rows_of_tokens(const Product& p, const uint16_t* w, int rows, const uint8_t* const* x, float* y) {
+  int r = 0;
+  for (; r + 4 <= rows; r += 4) rows_bf16<Scaled, 4, T>(p, w + r * p.row_stride, x, y + r);
+  for (; r < rows; r++) rows_bf16<Scaled, 1, T>(p, w + r * p.row_stride, x, y + r);
 }
 
-// Few tokens: row by row, one stream from memory. More: 4 rows share the loads of activations.
+// Few tokens: row by row, one stream from memory. More: tokens outside, 4 of them meet 4 rows at a time.
 template <bool Scaled>
 void product_rows_bf16(const Product& p, const uint8_t* bytes, int rows, const uint8_t* const* x, int tokens, float* y) {
   const uint16_t* w = reinterpret_cast<const uint16_t*>(bytes);
-  int r = 0;
-  for (; tokens >= 4 && r + 4 <= rows; r += 4) rows_bf16_tokens<Scaled, 4>(p, w + r * p.row_stride, x, tokens, y + r);
-  for (; r < rows; r++) rows_bf16_tokens<Scaled, 1>(p, w + r * p.row_stride, x, tokens, y + r);
+  if (tokens < 4) {
+    for (int r = 0; r < rows; r++) {
+      const uint16_t* at = w + r * p.row_stride;
+      if (tokens == 3) rows_bf16<Scaled, 1, 3>(p, at, x, y + r);
+      if (tokens == 2) rows_bf16<Scaled, 1, 2>(p, at, x, y + r);
+      if (tokens == 1) rows_bf16<Scaled, 1, 1>(p, at, x, y + r);
+    }
+    return;
+  }
+  int t = 0;
+  for (; t + 4 <= tokens; t += 4) rows_of_tokens<Scaled, 4>(p, w, rows, x + t, y + 16 * t);
+  if (tokens - t == 3) rows_of_tokens<Scaled, 3>(p, w, rows, x + t, y + 16 * t);
+  if (tokens - t == 2) rows_of_tokens<Scaled, 2>(p, w, rows, x + t, y + 16 * t);
+  if (tokens - t == 1) rows_of_tokens<Scaled, 1>(p, w, rows, x + t, y + 16 * t);
 }
 
 }  // namespace

@@ -61,19 +61,26 @@ void rows_f32(const W* w, int64_t stride, int64_t k, const float* const* x, floa
     }
 }
 
+template <class W, int T>
+void rows_of_tokens(const Product& p, const W* w, int rows, const float* const* x, int tokens, float* y) {
+  if constexpr (T > 1)
+    if (tokens < T) return rows_of_tokens<W, T - 1>(p, w, rows, x, tokens, y);
+  int r = 0;
+  for (; r + kRows <= rows; r += kRows) rows_f32<W, kRows, T>(w + r * p.row_stride, p.row_stride, p.k, x, y + r);
+  for (; r < rows; r++) rows_f32<W, 1, T>(w + r * p.row_stride, p.row_stride, p.k, x, y + r);
+}
+
+// Few tokens: row by row. More: tokens outside, for kTokens rows of them stay in the first level of cache.
 template <class W>
 void product_rows_f32(const Product& p, const uint8_t* bytes, int rows, const uint8_t* const* x, int tokens, float* y) {
   const W* w = reinterpret_cast<const W*>(bytes);
   const float* const* xf = reinterpret_cast<const float* const*>(x);
-  int r = 0;
-  for (; tokens >= kTokens && r + kRows <= rows; r += kRows) {
-    const W* at = w + r * p.row_stride;
-    int t = 0;
-    for (; t + kTokens <= tokens; t += kTokens) rows_f32<W, kRows, kTokens>(at, p.row_stride, p.k, xf + t, y + 16 * t + r);
-    for (; t < tokens; t++) rows_f32<W, kRows, 1>(at, p.row_stride, p.k, xf + t, y + 16 * t + r);
+  if (tokens < kTokens) {
+    for (int r = 0; r < rows; r++)
+      for (int t = 0; t < tokens; t++) rows_f32<W, 1, 1>(w + r * p.row_stride, p.row_stride, p.k, xf + t, y + 16 * t + r);
+    return;
   }
-  for (; r < rows; r++)
-    for (int t = 0; t < tokens; t++) rows_f32<W, 1, 1>(w + r * p.row_stride, p.row_stride, p.k, xf + t, y + 16 * t + r);
+  for (int t = 0; t < tokens; t += kTokens) rows_of_tokens<W, kTokens>(p, w, rows, xf + t, tokens - t < kTokens ? tokens - t : kTokens, y + 16 * t);
 }
 
 // ---- products, T16 panels
@@ -149,15 +156,6 @@ float quantize(const float* x, int64_t n, int8_t* codes) {
   return scale;
 }
 
-// codes (Kp, zero beyond K) of one group of 128 or the rest of a row, into tile order; see Form
-void double_pieces(DType dtype, const int8_t* codes, int64_t n, int8_t* out) {
-  for (int64_t k = 0; k < n; k += 8) {
-    const int64_t at = dtype == DType::INT8 ? 2 * k : k / 64 * 128 + (k & 8) * 8 + (k % 64) / 16 * 16;
-    std::memcpy(out + at, codes + k, 8);
-    std::memcpy(out + at + 8, codes + k, 8);
-  }
-}
-
 void prepare(const Product& p, Act act, const float* x, uint8_t* out) {
   float* values = reinterpret_cast<float*>(out);
   uint16_t* halfs = reinterpret_cast<uint16_t*>(out);
@@ -196,7 +194,7 @@ void prepare(const Product& p, Act act, const float* x, uint8_t* out) {
         scales[k / kActGroup] = scale;
         break;
       case Form::Bytes:
-        double_pieces(p.dtype, codes, np, reinterpret_cast<int8_t*>(out) + 2 * k);
+        std::memcpy(out + k, codes, static_cast<size_t>(np));
         for (int64_t i = 0; i < np; i += p.group) {
           int32_t s = 0;
           for (int64_t j = i; j < i + p.group; j += 32) s += sum32(codes + j);
@@ -272,15 +270,15 @@ void conv_silu(const float* const x[4], const float* taps, int64_t n, float* y) 
 
 // ---- gated delta rule, one pass over the old state for both of its products:
 //   m = alpha S^T k   u = beta (v - m)   o = alpha S^T q + (k . q) u   S <- alpha S + k u^T
-// Columns of S are independent; N vectors of them are held in registers while the rows stream by.
+// Columns of S are independent; N vectors of them are held in registers while the rows stream by. The pass that writes S takes the
+// products of the token after with it, so that a token costs one pass; each value is what two passes give.
 template <int N>
-void delta_columns(float* s, int64_t stride, int64_t dk, const float* q, const float* k, const float* v, float alpha, float beta,
-                   float kq, float* o) {
+void delta_columns(float* s, int64_t stride, int64_t dk, int64_t column, const DeltaStep* steps, int tokens, const float* kq) {
   F m[N], r[N];
   QN_UNROLL
   for (int j = 0; j < N; j++) m[j] = r[j] = zero();
   for (int64_t i = 0; i < dk; i++) {
-    const F ki = all(k[i]), qi = all(q[i]);
+    const F ki = all(steps[0].k[i]), qi = all(steps[0].q[i]);
     QN_UNROLL
     for (int j = 0; j < N; j++) {
       const F x = load(s + i * stride + j * L);
@@ -288,29 +286,53 @@ void delta_columns(float* s, int64_t stride, int64_t dk, const float* q, const f
       r[j] = fma(x, qi, r[j]);
     }
   }
-  const F a = all(alpha);
-  QN_UNROLL
-  for (int j = 0; j < N; j++) {
-    m[j] = mul(all(beta), sub(load(v + j * L), mul(a, m[j])));  // u from here on
-    store(o + j * L, fma(all(kq), m[j], mul(a, r[j])));
-  }
-  for (int64_t i = 0; i < dk; i++) {
-    const F ki = all(k[i]);
+  for (int t = 0; t < tokens; t++) {
+    const DeltaStep& now = steps[t];
+    const F a = all(now.alpha);
+    F u[N];
     QN_UNROLL
-    for (int j = 0; j < N; j++) store(s + i * stride + j * L, fma(ki, m[j], mul(a, load(s + i * stride + j * L))));
+    for (int j = 0; j < N; j++) {
+      u[j] = mul(all(now.beta), sub(load(now.v + column + j * L), mul(a, m[j])));
+      store(now.o + column + j * L, fma(all(kq[t]), u[j], mul(a, r[j])));
+      m[j] = r[j] = zero();
+    }
+    if (t + 1 == tokens) {
+      for (int64_t i = 0; i < dk; i++) {
+        const F ki = all(now.k[i]);
+        QN_UNROLL
+        for (int j = 0; j < N; j++) store(s + i * stride + j * L, fma(ki, u[j], mul(a, load(s + i * stride + j * L))));
+      }
+      return;
+    }
+    const float *k = now.k, *next_k = steps[t + 1].k, *next_q = steps[t + 1].q;
+    for (int64_t i = 0; i < dk; i++) {
+      const F ki = all(k[i]), kn = all(next_k[i]), qn = all(next_q[i]);
+      QN_UNROLL
+      for (int j = 0; j < N; j++) {
+        const F x = fma(ki, u[j], mul(a, load(s + i * stride + j * L)));
+        store(s + i * stride + j * L, x);
+        m[j] = fma(x, kn, m[j]);
+        r[j] = fma(x, qn, r[j]);
+      }
+    }
   }
 }
-void delta_step(float* s, int64_t stride, int64_t dk, int64_t cols, const float* q, const float* k, const float* v, float alpha,
-                float beta, float* o) {
-  F kq = zero();
-  for (int64_t i = 0; i < dk; i += L) kq = fma(load(k + i), load(q + i), kq);
+void delta_steps(float* s, int64_t stride, int64_t dk, int64_t cols, const DeltaStep* steps, int tokens) {
+  float kq[kDeltaBlock];
+  for (int t = 0; t < tokens; t++) {
+    F v = zero();
+    for (int64_t i = 0; i < dk; i += L) v = fma(load(steps[t].k + i), load(steps[t].q + i), v);
+    kq[t] = sum(v);
+  }
   int64_t c = 0;
   auto columns = [&]<int N>() {
-    for (; c + N * L <= cols; c += N * L) delta_columns<N>(s + c, stride, dk, q, k, v + c, alpha, beta, sum(kq), o + c);
+    for (; c + N * L <= cols; c += N * L) delta_columns<N>(s + c, stride, dk, c, steps, tokens, kq);
   };
-  if (L == 16) columns.template operator()<8>();  // rows of 512 bytes, with two sums for each of 8 vectors
+  // One token: rows of 512 bytes, as the memory likes them. More: a block that stays in the first level of cache, 32 KB of 128 rows.
+  if (L == 16 && tokens == 1) columns.template operator()<8>();
+  if (L == 16) columns.template operator()<4>();
   if (L == 16) columns.template operator()<2>();
-  columns.template operator()<32 / L < 8 ? 32 / L : 8>();
+  columns.template operator()<L == 8 ? 4 : L == 1 ? 8 : 2>();
 }
 
 // ---- attention
@@ -455,7 +477,7 @@ constexpr Kernels generic_kernels(const char* name) {
   f[static_cast<int>(DType::INT4)] = product_panel_f32<4>;
   k.prepare = prepare;
   k.sum_squares = sum_squares, k.scale = scale, k.silu_mul = silu_mul, k.sigmoid_mul = sigmoid_mul, k.conv_silu = conv_silu;
-  k.delta_step = delta_step;
+  k.delta_steps = delta_steps;
   k.attend = attend, k.merge = merge;
   return k;
 }

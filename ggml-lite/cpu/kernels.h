@@ -1,5 +1,5 @@
 // What differs from one instruction set to the next: a table of functions, filled by dot_scalar.cpp, dot_avx2.cpp,
-// dot_avx512.cpp and dot_avx512bf16.cpp, which are compiled with flags of their own. Nothing in this header has code: an inline
+// dot_avx512.cpp, dot_avx512bf16.cpp and dot_amx.cpp, which are compiled with flags of their own. Nothing in this header has code: an inline
 // function here would be emitted by each of those files, and the linker might keep the copy that needs AVX-512.
 #pragma once
 #include <cstdint>
@@ -20,13 +20,8 @@ namespace qn::cpu {
 //   F32    float[Kp]               rounded as Act says; meets every weight format
 //   BF16   bf16[Kp]                meets BF16 weights in vdpbf16ps
 //   Codes  bf16[Kp], float[G]      int8 codes, which BF16 holds exactly, and the scale of each group of 128: BF16 weights
-//   Bytes  int8[2*Kp], float[G], int32[G]    int8 codes in the order of T16 tiles, and per group of the *weights* the scale of
-//                                  the activations and code_zero * (sum of the codes), which undoes the excess of weight codes
-//
-// Order of Bytes: a line of a tile alternates 8 bytes of row g and 8 bytes of row g + 8 that meet the same activations, so
-// every piece of 8 codes is stored twice. p0 = k 0..7, p1 = k 8..15, ...
-//   INT8, per 32 k:  p0 p0 p1 p1 p2 p2 p3 p3
-//   INT4, per 64 k:  p0 p0 p2 p2 p4 p4 p6 p6  (meets the low nibbles)  p1 p1 p3 p3 p5 p5 p7 p7  (the high ones)
+//   Bytes  int8[Kp], float[G], int32[G]      int8 codes, and per group of the *weights* the scale of the activations and
+//                                  code_zero * (sum of the codes), which undoes the excess of weight codes
 enum class Form : uint8_t { F32, BF16, Codes, Bytes };
 
 // One weight matrix and how its activations are prepared (make_matrix in cpu.cpp).
@@ -38,14 +33,32 @@ struct Product {
   int64_t row_stride = 0;  // row-major weights: values from row to row
   int64_t tiles_at = 0;    // T16: bytes of scales before the tiles of a panel
   int64_t scales_at = 0, sums_at = 0, bytes = 0;  // of a prepared row; bytes is a multiple of 64
+  int64_t unpacked = 0;                           // bytes of an unpacked panel; see Many
 };
 
-inline constexpr int kBlock = 8;       // tokens of one call of a product
+inline constexpr int kBlock = 64;      // tokens of one call of a product
 inline constexpr int kKeys = 256;      // keys of one call of attend: the blocks are fixed, so their sums do not depend on T
 
 // y[16*t + r] = row r of w times x[t], for r < rows <= 16 and t < tokens <= kBlock. T16: w is a panel. Row-major: its first row.
 // The sum of one (row, token) has one order, whatever rows and tokens are.
 using ProductFn = void (*)(const Product&, const uint8_t* w, int rows, const uint8_t* const* x, int tokens, float* y);
+
+// T16 panels that meet many tokens (AVX-512, AMX): unpacked once, so that neither nibbles nor the folding of lines is paid for every token.
+//
+//   unpacked panel:  [ fp32 scales: G x 16, in the order of the lanes ][ codes, one byte each: Kp/4 lines of 16 rows x 4 k ]
+//
+// A line is one register whose lane holds 4 k of one row, the operand of vpdpbusd beside 4 activations in every lane. 16 lines are one
+// tile of AMX, where codes are less their zero. Lane 4i + j holds row i + 8 (j % 2) + 4 (j / 2): the order that a T16 tile gives up with fewest moves.
+struct Many {
+  int least = 0;  // tokens from which on this is faster than `product`; 0: this level has none
+  void (*unpack)(const Product&, const uint8_t* panel, uint8_t* unpacked) = nullptr;
+  // y[16 * (kBlock * i + t) + r]: panel i < panels <= kPanels, `unpacked` and unpacked_bytes apart. The same bits as the product.
+  // Meanwhile `next`, the next_bytes of weights that will be unpacked after these, is asked for.
+  void (*multiply)(const Product&, const uint8_t* unpacked, int panels, const uint8_t* const* x, int tokens, const uint8_t* next,
+                   int64_t next_bytes, float* y) = nullptr;
+  bool even = false;  // wants rows x at even distances
+};
+inline constexpr int kPanels = 2;
 
 // Softmax attention of the query heads that share one KV head over at most kKeys keys.
 struct Attend {
@@ -59,19 +72,27 @@ struct Attend {
 };
 inline constexpr int kPartExtra = 16;
 
+// One token of the gated delta rule: q, k (dk), v, o (columns of the state)
+struct DeltaStep {
+  const float *q, *k, *v;
+  float alpha, beta;
+  float* o;
+};
+inline constexpr int kDeltaBlock = 16;
+
 struct Kernels {
   const char* name;
   // [form][dtype]; null where this level has none, and then the activations are prepared as F32
   ProductFn product[4][6];
+  Many many[6];  // [dtype], activations as Form::Bytes
   void (*prepare)(const Product&, Act, const float* x, uint8_t* out);
   float (*sum_squares)(const float* x, int64_t n);
   void (*scale)(const float* x, const float* w, float r, int64_t n, float* y);             // x * r * w; w may be null
   void (*silu_mul)(const float* gate, const float* x, int64_t n, float* y);                // silu(gate) * x
   void (*sigmoid_mul)(const float* gate, const float* x, int64_t n, float* y);             // sigmoid(gate) * x
   void (*conv_silu)(const float* const x[4], const float* taps, int64_t n, float* y);      // taps (4, n)
-  // One token of the gated delta rule for `cols` columns (a multiple of 32) of a state (dk, stride).
-  void (*delta_step)(float* s, int64_t stride, int64_t dk, int64_t cols, const float* q, const float* k, const float* v, float alpha,
-                     float beta, float* o);
+  // 1 <= tokens <= kDeltaBlock tokens of the gated delta rule for `cols` columns (a multiple of 32) of a state (dk, stride)
+  void (*delta_steps)(float* s, int64_t stride, int64_t dk, int64_t cols, const DeltaStep* steps, int tokens);
   void (*attend)(const Attend&);
   void (*merge)(float* into, const float* part, int width);  // one head of two results of attend, in order
   uint64_t (*read)(const uint8_t* p, int64_t bytes);                    // touches every line once; p, bytes multiples of 256
@@ -81,5 +102,6 @@ const Kernels* scalar_kernels();
 const Kernels* avx2_kernels();    // null when not compiled for this architecture
 const Kernels* avx512_kernels();
 const Kernels* avx512bf16_kernels();  // as avx512_kernels(), but for Form::BF16 and Form::Codes
+const Kernels* amx_kernels();         // as avx512bf16_kernels(), but for T16 panels that meet many tokens
 
 }  // namespace qn::cpu

@@ -45,16 +45,20 @@ void CpuDevice::do_norm_matmul(const NormMatmulArgs& a) {
       norm(a.h.f32(t), a.norm, a.eps, width, row);
       if (a.w) kernels_.prepare(w.product, a.act, row, xw[t]);
     }
+    const int64_t units = w.panels() + exact.panels();
+    const int64_t first = mine.end > mine.begin ? -1 : look_ahead(units, 4, [&](int64_t i) {
+      return i < w.panels() ? w.data + i * w.panel_stride : exact.data + (i - w.panels()) * exact.panel_stride;
+    });
     threads_.barrier(thread);
     auto store = [](const Tensor& y) {
       return [&y](int64_t row, int rows, int64_t t0, int n, const float* tile) {
         for (int t = 0; t < n; t++) std::memcpy(y.f32(t0 + t) + row, tile + t * kPanelRows, rows * 4);
       };
     };
-    spread(w.panels() + exact.panels(), 4, [&](Range r) {
-      multiply(w, clip(r, 0, w.panels()), xw.x, tokens, store(a.y));
-      multiply(exact, clip(r, w.panels(), w.panels() + exact.panels()), x.x, tokens, store(a.y_exact));
-    });
+    spread(units, 4, [&](Range r) {
+      multiply(w, clip(r, 0, w.panels()), xw.x, tokens, unpacked(thread), store(a.y));
+      multiply(exact, clip(r, w.panels(), units), x.x, tokens, unpacked(thread), store(a.y_exact));
+    }, first);
   });
 }
 
@@ -72,13 +76,14 @@ void CpuDevice::add_product(const char* op, const Tensor& weights, Act act, cons
       fill(t, local(thread));
       kernels_.prepare(w.product, act, local(thread), x[t]);
     }
+    const int64_t first = mine.end > mine.begin ? -1 : look_ahead(w.panels(), 4, [&](int64_t i) { return w.data + i * w.panel_stride; });
     threads_.barrier(thread);
     spread(w.panels(), 4, [&](Range r) {
-      multiply(w, r, x.x, tokens, [&](int64_t row, int rows, int64_t t0, int n, const float* tile) {
+      multiply(w, r, x.x, tokens, unpacked(thread), [&](int64_t row, int rows, int64_t t0, int n, const float* tile) {
         for (int t = 0; t < n; t++)
           for (int i = 0; i < rows; i++) h.f32(t0 + t)[row + i] += tile[t * kPanelRows + i];
       });
-    });
+    }, first);
   });
 }
 

@@ -33,20 +33,24 @@ void CpuDevice::do_moe_router(const MoeRouterArgs& a) {
       norm(a.h.f32(t), a.norm, a.eps, width, a.x.f32(t));
       kernels_.prepare(shared.product, a.shared_act, a.x.f32(t), xs[t]);
     }
-    threads_.barrier(thread);
     // units: router panels, then 8 columns of the shared expert each, then its gate
     const int64_t routers = router.panels(), columns = shared.rows / kPanelRows;
+    const int64_t first = mine.end > mine.begin ? -1 : look_ahead(routers + columns + 1, 4, [&](int64_t i) {
+      const int64_t half = is_t16(shared.product.dtype) ? 1 : 2;  // of a panel are columns of gates
+      return i < routers ? router.data + i * router.panel_stride : shared.data + (i - routers) * (shared.panel_stride / half);
+    });
+    threads_.barrier(thread);
     spread(routers + columns + 1, 4, [&](Range r) {
-      multiply(router, clip(r, 0, routers), x, tokens, [&](int64_t row, int rows, int64_t t0, int n, const float* tile) {
+      multiply(router, clip(r, 0, routers), x, tokens, unpacked(thread), [&](int64_t row, int rows, int64_t t0, int n, const float* tile) {
         for (int t = 0; t < n; t++) std::memcpy(a.logits.f32(t0 + t) + row, tile + t * kPanelRows, rows * 4);
       });
-      multiply_swiglu(kernels_, shared, clip(r, routers, routers + columns), xs.x, tokens,
+      multiply_swiglu(kernels_, shared, clip(r, routers, routers + columns), xs.x, tokens, unpacked(thread),
                       [&](int64_t column, int64_t t, const float* v) { std::memcpy(a.shared.f32(t) + column, v, 8 * 4); });
-      multiply(gate, clip(r, routers + columns, routers + columns + 1), x, tokens,
+      multiply(gate, clip(r, routers + columns, routers + columns + 1), x, tokens, unpacked(thread),
                [&](int64_t, int, int64_t t0, int n, const float* tile) {
                  for (int t = 0; t < n; t++) a.shared_scale.f32()[t0 + t] = sigmoid(tile[t * kPanelRows]);
                });
-    });
+    }, first);
   });
 }
 
@@ -112,12 +116,17 @@ void CpuDevice::do_moe_gate_up(const MoeGateUpArgs& a) {
   };
   threads_.run([&](int thread) {
     const Range mine = share(tokens, thread, threads_.size());
-    for (int64_t t = mine.begin; t < mine.end; t++) {
-      route(a, t);
-      kernels_.prepare(first.product, a.act, a.x.f32(t), x[t]);
+    if (tokens > 1) {
+      for (int64_t t = mine.begin; t < mine.end; t++) {
+        route(a, t);
+        kernels_.prepare(first.product, a.act, a.x.f32(t), x[t]);
+      }
+      threads_.barrier(thread);
+      if (thread == 0) sort();
+    } else {  // two threads, if there are as many
+      if (thread == threads_.size() - 1) kernels_.prepare(first.product, a.act, a.x.f32(), x[0]);
+      if (thread == 0) route(a, 0), sort();
     }
-    if (tokens > 1) threads_.barrier(thread);
-    if (tokens > 1 ? thread == 0 : mine.end > mine.begin) sort();
     threads_.barrier(thread);
     spread(r.active * columns, 4, [&](Range range) {
       for (int64_t at = range.begin; at < range.end;) {
@@ -125,10 +134,11 @@ void CpuDevice::do_moe_gate_up(const MoeGateUpArgs& a) {
         const int32_t begin = r.first[e];
         Matrix m = first;
         m.data += r.id[e] * stride;
-        multiply_swiglu(kernels_, m, {at - e * columns, end - e * columns}, sorted + begin, r.first[e + 1] - begin,
+        multiply_swiglu(kernels_, m, {at - e * columns, end - e * columns}, sorted + begin, r.first[e + 1] - begin, unpacked(thread),
                         [&](int64_t column, int64_t i, const float* v) {
                           std::memcpy(a.inner.f32(r.pair[begin + i]) + column, v, 8 * 4);
-                        });
+                        },
+                        end < range.end ? first.data + r.id[e + 1] * stride : nullptr);
         at = end;
       }
     });
@@ -156,32 +166,36 @@ void CpuDevice::do_moe_down(const MoeDownArgs& a) {
       sort_by_expert(a.ids, a.experts.count, r);
       for (int64_t i = 0; i < pairs; i++) sorted[i] = x[r.pair[i]];
     }
+    const int per_thread = tokens > kBlock ? 4 : 2;
+    // where the least of the experts begins: it comes first
+    const int64_t early = thread == 0 || tokens > 1 ? -1 : look_ahead(shared.panels(), per_thread, [&](int64_t i) {
+      return first.data + *std::min_element(a.ids.i32(), a.ids.i32() + chosen) * stride + i * first.panel_stride;
+    });
     threads_.barrier(thread);
-    auto add = [&](const Matrix& m, Range panels, const uint8_t* const* from, int64_t n, auto token_and_weight) {
-      multiply(m, panels, from, n, [&](int64_t row, int rows, int64_t i0, int count, const float* tile) {
+    auto add = [&](const Matrix& m, Range panels, const uint8_t* const* from, int64_t n, const uint8_t* then, auto token_and_weight) {
+      multiply(m, panels, from, n, unpacked(thread), [&](int64_t row, int rows, int64_t i0, int count, const float* tile) {
         for (int i = 0; i < count; i++) {
           const auto [t, weight] = token_and_weight(i0 + i);
           float* h = a.h.f32(t) + row;
           for (int j = 0; j < rows; j++) h[j] += weight * tile[i * kPanelRows + j];
         }
-      });
+      }, then);
     };
-    spread(shared.panels(), tokens > kBlock ? 4 : 2, [&](Range panels) {
+    spread(shared.panels(), per_thread, [&](Range panels) {
       for (int e = 0; e < r.active; e++) {
         const int32_t begin = r.first[e];
         Matrix m = first;
         m.data += r.id[e] * stride;
         // a range of one expert is a few kB: ask for the beginning of the next one, which the hardware cannot foresee
-        if (e + 1 < r.active)
-          for (int64_t i = 0; i < 2048; i += 64)
-            __builtin_prefetch(first.data + r.id[e + 1] * stride + panels.begin * m.panel_stride + i);
-        add(m, panels, sorted + begin, r.first[e + 1] - begin, [&](int64_t i) {
+        const uint8_t* then = e + 1 < r.active ? first.data + r.id[e + 1] * stride + panels.begin * m.panel_stride : nullptr;
+        for (int64_t i = 0; then && i < 2048; i += 64) __builtin_prefetch(then + i);
+        add(m, panels, sorted + begin, r.first[e + 1] - begin, then, [&](int64_t i) {
           const int32_t pair = r.pair[begin + i];
           return std::pair(pair / chosen, a.weights.f32()[pair]);
         });
       }
-      add(shared, panels, xs.x, tokens, [&](int64_t t) { return std::pair(t, a.shared_scale.f32()[t]); });
-    });
+      add(shared, panels, xs.x, tokens, nullptr, [&](int64_t t) { return std::pair(t, a.shared_scale.f32()[t]); });
+    }, early);
   });
 }
 
@@ -207,7 +221,7 @@ void CpuDevice::do_expert_pairs(const ExpertPairsArgs& a) {
         const int32_t begin = r.first[e];
         Matrix m = up;
         m.data += r.id[e] * stride;
-        multiply_swiglu(kernels_, m, {at - e * columns, end - e * columns}, sorted + begin, r.first[e + 1] - begin,
+        multiply_swiglu(kernels_, m, {at - e * columns, end - e * columns}, sorted + begin, r.first[e + 1] - begin, unpacked(thread),
                         [&](int64_t column, int64_t i, const float* v) { std::memcpy(reinterpret_cast<float*>(inner[begin + i]) + column, v, 8 * 4); });
         at = end;
       }
@@ -225,7 +239,7 @@ void CpuDevice::do_expert_pairs(const ExpertPairsArgs& a) {
         m.data += r.id[e] * stride;
         if (e + 1 < r.active)  // as in do_moe_down
           for (int64_t i = 0; i < 2048; i += 64) __builtin_prefetch(down.data + r.id[e + 1] * stride + panels.begin * m.panel_stride + i);
-        multiply(m, panels, sorted_inner + begin, r.first[e + 1] - begin, [&](int64_t row, int rows, int64_t i0, int count, const float* tile) {
+        multiply(m, panels, sorted_inner + begin, r.first[e + 1] - begin, unpacked(thread), [&](int64_t row, int rows, int64_t i0, int count, const float* tile) {
           for (int i = 0; i < count; i++) {
             const int32_t pair = r.pair[begin + i0 + i];
             float* y = a.y.f32(a.token.i32()[pair]) + row;
