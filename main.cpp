@@ -126,7 +126,7 @@ struct Args {
   std::vector<std::pair<std::string, std::string>> sampling;  // name, value: on top of what the file recommends
   int max_tokens = -1;
   bool has_prompt = false, has_file = false, raw = false, chat = false, json = false, tokenize = false, detokenize = false;
-  bool info = false, devices = false, show_prompt = false, verbose = false, no_colour = false;
+  bool plan = false, info = false, devices = false, show_prompt = false, verbose = false, no_colour = false;
 };
 
 // Throws CLI::ParseError or Error: bad usage.
@@ -174,6 +174,7 @@ void parse_args(CLI::App& app, Args& a, int argc, char** argv) {
   auto* tokenize = app.add_flag("--tokenize", a.tokenize, "JSON lines {\"text\": ...} on stdin to {\"ids\": [...]}; needs no weights")->group(group);
   auto* detokenize = app.add_flag("--detokenize", a.detokenize, "the reverse")->group(group);
   app.add_flag("--info", a.info, "facts about the model and the memory plan (also with --json)")->group(group);
+  app.add_flag("--plan", a.plan, "where everything would go and how fast that would be, from two seconds of measuring; allocates nothing for the model")->group(group);
   app.add_flag("--list-devices", a.devices, "what --device can name here")->group(group);
 
   app.parse(argc, argv);
@@ -613,6 +614,28 @@ int convert_lines(const Engine& engine, bool to_ids) {
   return 0;
 }
 
+int print_plan(const std::string& path, const Options& options) {
+  const qnext::Outlook o = Engine::outlook(path, options);
+  const auto row = [](const std::string& what, const std::string& text) { words(qn::format("%-12s %s", what.c_str(), text.c_str()) + "\n"); };
+  const auto gib = [](uint64_t v) { return qn::human_gib(v); };
+  for (const DevicePlan& d : o.plan.devices) {
+    row(d.device.substr(0, d.device.find(' ')), qn::format("layers %d to %d: weights %s, KV cache %s, state %s, scratch %s; %s of %s", d.begin, d.end - 1, gib(d.weights).c_str(),
+                                                          gib(d.kv).c_str(), gib(d.state).c_str(), gib(d.scratch).c_str(), gib(d.weights + d.kv + d.state + d.scratch).c_str(), gib(d.budget).c_str()));
+    if (d.slots) row("", qn::format("%d experts of every layer at a time, the others in memory of the host", d.slots));
+  }
+  row("context", qn::format("%d positions, cache %s, passes of %d tokens", o.plan.ctx, o.plan.kv_type.c_str(), o.plan.ubatch));
+  if (o.plan.host)
+    row("host", qn::format("experts %s, %s %s", gib(o.plan.host).c_str(), o.plan.pinned ? "pinned in" : "pages of the file, not pinned: there are", gib(o.plan.ram).c_str()) + " of memory");
+  row("measured", (o.speeds.gpu > 0 ? qn::format("GPU memory %.0f GB/s, bus %.1f GB/s, ", o.speeds.gpu / 1e9, o.speeds.bus / 1e9) : std::string()) +
+                      qn::format("memory of the host %.1f GB/s", o.speeds.host / 1e9) + (o.speeds.disk > 0 ? qn::format(", disk %.1f GB/s: not all experts fit in memory", o.speeds.disk / 1e9) : std::string()));
+  const qn::Forecast& f = o.forecast;
+  row("decode", qn::format("about %.1f tokens/s", f.decode) + (f.misses > 0 ? qn::format(": %.1f ms on the device, then %.1f ms by the CPU beside %.1f ms of fetching; %.1f experts of a token and layer missing, if it chooses evenly",
+                                                                                        1e3 * f.seconds[0], 1e3 * f.seconds[2], 1e3 * f.seconds[1], f.misses) : std::string()));
+  row("prefill", qn::format("about %.0f tokens/s of 2048, %.0f of 8192", f.prefill[0], f.prefill[1]));
+  if (!o.advice.empty()) row("faster", "decode with " + o.advice);
+  return 0;
+}
+
 int print_info(const Engine& engine, bool json) {
   const ModelInfo& m = engine.info();
   const Plan& p = engine.plan();
@@ -687,6 +710,7 @@ int run(const Args& a) {
     return 0;
   }
   if (a.tokenize || a.detokenize) return convert_lines(Engine::open_tokenizer(a.model), a.tokenize);
+  if (a.plan) return print_plan(a.model, a.options);
   const double start = now();
   Engine engine = Engine::open(a.model, a.options, qn::progress_bars("B"));
   if (a.info) return print_info(engine, a.json);

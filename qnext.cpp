@@ -8,7 +8,6 @@
 
 #include <algorithm>
 #include <atomic>
-#include <bit>
 #include <chrono>
 #include <cmath>
 #include <deque>
@@ -20,6 +19,7 @@
 #include "ggml-lite/base/threads.h"           // default_threads
 #include "ggml-lite/core/limits.h"            // kMaxWidth, ...
 #include "ggml-lite/core/device_list.h"       // parse_devices
+#include "ggml-lite/core/forecast.h"          // forecast
 #include "ggml-lite/core/loader.h"            // Loader
 #include "ggml-lite/core/measure.h"           // time_pass
 #include "ggml-lite/core/plan.h"              // plan_devices, split_layers
@@ -222,7 +222,7 @@ struct Part {
   std::unique_ptr<Device> device;  // outlives what is placed on it
   int begin = 0, end = 0;
   bool first = false, last = false;
-  uint64_t placed = 0;             // bytes of its weights that are always there
+  uint64_t placed = 0, read = 0;   // bytes of its weights that are always there; read for a token, beside routed experts
   int slots = 0;                   // experts of every layer that are there; 0: all
   std::unique_ptr<qn::ExpertOffload> offload;  // for the others
   Buffer inv_freq;                 // (R/2)
@@ -402,7 +402,8 @@ static Plan make_plan(const QnFile& file, const Model& m, const Options& o, DTyp
     r.budget = budgets[i];
     r.weights = (part.first ? bytes.front : 0) + (part.last ? bytes.back : 0);
     for (auto n = static_cast<size_t>(part.begin); n < static_cast<size_t>(part.end); n++) r.weights += bytes.layers[n], r.experts += bytes.experts[n];
-    if (part.last) r.experts += bytes.back_experts;
+    part.read = r.weights - r.experts - (part.first ? bytes.front : 0) - (part.last ? bytes.back : 0) + 2 * one.recurrent_bytes();
+    if (part.last) r.experts += bytes.back_experts, part.read += file.find(file.find("head") ? "head" : "embed")->bytes;
     if (!r.own_memory) r.experts = 0;
     r.expert_count = m.info.experts, r.slots = o.slots;
     r.expert_memory = [experts = file.experts("layers.0.moe.experts", m.info.experts, m.info.width, m.info.expert_width), layers = part.end - part.begin + (mtp && part.last)](
@@ -420,10 +421,10 @@ static Plan make_plan(const QnFile& file, const Model& m, const Options& o, DTyp
   for (size_t i = 0; i < parts.size(); i++) {
     const qn::MemoryPlan& p = memory[i];
     plan.device += (i ? " + " : "") + requests[i].device;
-    plan.devices.push_back({requests[i].device, parts[i].begin, parts[i].end, p.weights, p.kv, p.state, p.scratch, p.slots, budgets[i]});
+    plan.devices.push_back({requests[i].device, parts[i].begin, parts[i].end, p.weights, p.kv, p.state, p.scratch, p.slots, p.host, budgets[i]});
     parts[i].placed = p.placed, parts[i].slots = p.slots;
     plan.ctx = p.ctx, plan.ubatch = p.ubatch;
-    plan.weights += p.weights, plan.kv += p.kv, plan.state += p.state, plan.scratch += p.scratch, plan.budget += budgets[i];
+    plan.weights += p.weights, plan.kv += p.kv, plan.state += p.state, plan.scratch += p.scratch, plan.budget += budgets[i], plan.host += p.host;
   }
   if (!requests[0].own_memory) plan.weights = m.info.file_bytes;
   return plan;
@@ -441,24 +442,28 @@ struct Engine::Impl {
   bool mtp = false;
   uint64_t checkpoints = 0;
   std::unique_ptr<qn::ExpertHost> host;  // of the parts that leave experts to it
-  int draft = 0;
+  Options options;
   Buffer allowed;  // (V) U8, on the last device: ids that have a token; empty without a tokenizer
   qn::LoadReport loaded;
   TraceHook hook;
 
-  explicit Impl(QnFile f) : file(std::move(f)) {}
+  Impl(const std::string& path, const Options& o) : file(QnFile::open(path)), options(o) {}
+  void make_parts();
+  int threads() const { return options.threads > 0 ? options.threads : qn::default_threads(); }
+  Outlook outlook() const;
+  bool offloads() const { return std::ranges::any_of(parts, [](const Part& p) { return p.slots > 0; }); }
 
   std::vector<Device*> devices() const {
     std::vector<Device*> d;
     for (const Part& p : parts) d.push_back(p.device.get());
     return d;
   }
-  void place_slots(Part& part, qn::Loader& loader, const qn::OffloadShape& shape, uint64_t ram) {
+  void place_slots(Part& part, qn::Loader& loader, const qn::OffloadShape& shape) {
     std::vector<std::pair<qn::Experts*, const qn::QnTensor*>> layers;
     for (int i = part.begin; i < part.end; i++)
       layers.emplace_back(&model.layers[static_cast<size_t>(i)].moe.experts, file.find("layers." + std::to_string(i) + ".moe.experts"));
     if (mtp && part.last) layers.emplace_back(&model.mtp_layer.moe.experts, file.find("mtp.layer.moe.experts"));
-    part.offload = qn::offload_experts(*part.device, *host, layers, loader, shape, ram);
+    part.offload = qn::offload_experts(*part.device, *host, layers, loader, shape);
   }
   void read_tokenizer() {
     const qn::QnTensor* t = file.find("tokenizer");
@@ -466,34 +471,49 @@ struct Engine::Impl {
     if (t->dtype != DType::U8 || t->experts) fail("%s: tensor tokenizer: expected u8, got %s", file.path().c_str(), qn::name(t->dtype));
     tokenizer.emplace(file.data(*t));
   }
-  std::vector<uint8_t> allowed_ids() const {  // (V)
-    std::vector<uint8_t> has(static_cast<size_t>(model.info.vocab));
-    for (size_t i = 0; i < has.size(); i++) has[i] = tokenizer->has(static_cast<int32_t>(i));
-    return has;
-  }
   const qn::Tokenizer& text() const {
     if (!tokenizer) fail("%s: the file has no tokenizer; convert a folder that has tokenizer.json", file.path().c_str());
     return *tokenizer;
   }
 };
 
-Engine Engine::open(const std::string& path, const Options& options, const Progress& progress) {
-  auto e = std::make_unique<Impl>(QnFile::open(path));
-  e->model = read_config(e->file, options.rope_yarn);
-  e->names = device_names(options);
-  e->act = parse_act(options, e->names[0].kind == "cuda");
-  e->kv_type = options.kv_type == "int8" ? DType::I8 : options.kv_type == "f32" || (options.kv_type.empty() && e->act == Act::F32) ? DType::F32 : DType::BF16;
-  e->draft = options.draft, e->mtp = (options.mtp || options.draft) && e->model.info.mtp;
-  for (const qn::DeviceName& name : e->names) e->parts.emplace_back().device = make_device(name, options);
+// Devices and the plan for them; nothing is allocated that the model needs.
+void Engine::Impl::make_parts() {
+  model = read_config(file, options.rope_yarn);
+  names = device_names(options);
+  act = parse_act(options, names[0].kind == "cuda");
+  kv_type = options.kv_type == "int8" ? DType::I8 : options.kv_type == "f32" || (options.kv_type.empty() && act == Act::F32) ? DType::F32 : DType::BF16;
+  mtp = (options.mtp || options.draft) && model.info.mtp;
+  for (const qn::DeviceName& name : names) parts.emplace_back().device = make_device(name, options);
   const uint64_t ram = options.ram ? std::min(options.ram, qn::available_ram()) : qn::available_ram();
-  std::vector<uint64_t> budgets = qn::memory_budgets(e->devices(), e->names, ram);
+  std::vector<uint64_t> budgets = qn::memory_budgets(devices(), names, ram);
   for (size_t i = 0; i < budgets.size() && !options.vram.empty(); i++) budgets[i] = std::min(budgets[i], options.vram[std::min(i, options.vram.size() - 1)]);
-  e->plan = make_plan(e->file, e->model, options, e->kv_type, e->mtp, e->parts, budgets);
-  e->checkpoints = checkpoints_kept(e->model, e->kv_type, *std::ranges::min_element(budgets));
-  const bool offload = std::ranges::any_of(e->parts, [](const Part& p) { return p.slots > 0; });
-  e->placed_act = offload && !options.act ? Act::INT8 : e->act;
-  e->plan.act = qn::name(e->act), e->plan.kv_type = qn::name(e->kv_type);
-  const int threads = options.threads > 0 ? options.threads : qn::default_threads();
+  plan = make_plan(file, model, options, kv_type, mtp, parts, budgets);
+  checkpoints = checkpoints_kept(model, kv_type, *std::ranges::min_element(budgets));
+  placed_act = offloads() && !options.act ? Act::INT8 : act;
+  plan.act = qn::name(act), plan.kv_type = qn::name(kv_type), plan.ram = ram, plan.pinned = qn::pins_experts(plan.host, ram);
+}
+
+Outlook Engine::Impl::outlook() const {
+  Device& first = *parts[0].device;
+  const bool gpu = first.memory() > 0;
+  qn::HostPlan host{threads(), plan.pinned};
+  const uint64_t held = gpu ? plan.host : file.size(), room = plan.ram - (gpu ? 0 : std::min(plan.ram, plan.kv + plan.state + plan.scratch));
+  if (held > room) host.from_disk = 1 - static_cast<double>(room) / static_cast<double>(held);
+  Outlook o{plan, {gpu ? first.read_bandwidth(0) : 0, first.bus_bandwidth(), qn::cpu_read_bandwidth(host.threads), held > room ? qn::disk_bandwidth(file.path()) : 0}, {}, {}};
+  const qn::Experts one = file.experts("layers.0.moe.experts", model.info.experts, model.info.width, model.info.expert_width);
+  std::vector<qn::ForecastPart> of;
+  for (const Part& p : parts)
+    of.push_back({p.device->memory() > 0, p.end - p.begin, 6 * (p.end - p.begin) + 2, p.read, static_cast<uint64_t>(one.layout().stride), one.count, model.info.chosen, p.slots, options.fetch});
+  o.forecast = qn::forecast(of, plan.ubatch, host, o.speeds);
+  o.advice = qn::best_change(of, plan.ubatch, host, o.speeds, {plan.kv, plan.ctx, kv_type == DType::BF16, file.find("layers.0.moe.shared_down")->dtype == DType::BF16});
+  return o;
+}
+
+Engine Engine::open(const std::string& path, const Options& options, const Progress& progress) {
+  auto e = std::make_unique<Impl>(path, options);
+  e->make_parts();
+  const int threads = e->threads();
   auto report = [&](const char* what) {
     return [&progress, what](uint64_t done, uint64_t total) {
       if (progress) progress(what, done, total);
@@ -504,23 +524,17 @@ Engine Engine::open(const std::string& path, const Options& options, const Progr
   qn::Loader loader(e->file);
   Binder(e->file, loader, e->parts, e->model, e->mtp).bind();
   // The host has a thread fewer, for who waits for tokens; they stay awake from layer to layer
-  if (offload) e->host = std::make_unique<qn::ExpertHost>(qn::make_cpu_device(std::max(1, threads - 1), qn::isa_named(options.isa), 1000));
+  if (e->offloads()) e->host = std::make_unique<qn::ExpertHost>(qn::make_cpu_device(std::max(1, threads - 1), qn::isa_named(options.isa), 1000));
   for (Part& part : e->parts)
-    if (part.slots) e->place_slots(part, loader, {part.slots, e->model.info.chosen, options.fetch, e->placed_act}, ram);
+    if (part.slots) e->place_slots(part, loader, {part.slots, e->model.info.chosen, options.fetch, e->placed_act, e->plan.pinned});
   if (options.verify == Verify::Yes || (options.verify == Verify::Auto && e->file.size() < 1ull << 30))
     e->file.verify(threads, report("verifying"), [&](const qn::QnTensor& t) { return !loader.copies(t); });
   e->loaded = loader.load(std::min(threads, 16), options.verify != Verify::No, report("loading"));
   e->read_tokenizer();
-  if (e->tokenizer) {
-    const std::vector<uint8_t> has = e->allowed_ids();
-    e->allowed = e->parts.back().device->alloc(has.size(), "ids that have a token");
-    e->parts.back().device->upload(e->allowed.data(), has.data(), has.size());
-  }
+  if (e->tokenizer) e->allowed = qn::upload_new<uint8_t>(*e->parts.back().device, e->tokenizer->ids(e->model.info.vocab), "ids that have a token");
   for (size_t i = 0; i < e->parts.size(); i++) {
     Part& part = e->parts[i];
-    const size_t bytes = e->model.inv_freq.size() * sizeof(float);
-    part.inv_freq = part.device->alloc(bytes, "rotary frequencies");
-    part.device->upload(part.inv_freq.data(), e->model.inv_freq.data(), bytes);
+    part.inv_freq = qn::upload_new<float>(*part.device, e->model.inv_freq, "rotary frequencies");
     const DevicePlan& p = e->plan.devices[i];
     if (part.device->memory()) part.reserved = part.device->alloc(p.kv + p.state + p.scratch, "cache, state and scratch");
   }
@@ -528,7 +542,7 @@ Engine Engine::open(const std::string& path, const Options& options, const Progr
 }
 
 Engine Engine::open_tokenizer(const std::string& path) {
-  auto e = std::make_unique<Impl>(QnFile::open(path));
+  auto e = std::make_unique<Impl>(path, Options());
   read_general(e->file, e->model.info);
   e->read_tokenizer();
   e->text();
@@ -541,6 +555,12 @@ Engine::~Engine() = default;
 
 const ModelInfo& Engine::info() const { return impl_->model.info; }
 const Plan& Engine::plan() const { return impl_->plan; }
+Outlook Engine::outlook() const { return impl_->outlook(); }
+Outlook Engine::outlook(const std::string& path, const Options& options) {
+  Impl e(path, options);
+  e.make_parts();
+  return e.outlook();
+}
 const qn::LoadReport& Engine::load_report() const { return impl_->loaded; }
 double Engine::read_bandwidth() const {
   std::vector<uint64_t> weights, spare;
@@ -589,7 +609,7 @@ struct Session::Stage : qn::PipelineStage {
   qn::Chooser chooser;
 
   Stage(Engine::Impl& engine, const Part& p, int t)
-      : qn::PipelineStage(*p.device, state_shape(engine.model, p.begin, p.end, engine.plan.ctx, engine.kv_type, engine.mtp, engine.draft),
+      : qn::PipelineStage(*p.device, state_shape(engine.model, p.begin, p.end, engine.plan.ctx, engine.kv_type, engine.mtp, engine.options.draft),
                           engine.checkpoints, t),
         e(engine), m(engine.model), part(p), memory(device, scratch_floats(m, t, p.last)), scratch(m.dims(), t, memory) {
     const ModelInfo& i = m.info;
@@ -604,12 +624,7 @@ struct Session::Stage : qn::PipelineStage {
   ~Stage() { forget(); }
 
   void trace(int layer, const char* name, const Tensor& t) {
-    if (!e.hook) return;
-    std::vector<float> host(static_cast<size_t>(t.rows() * t.cols()));
-    device.download(host.data(), t.data, host.size() * sizeof(float));
-    if (t.dtype == DType::I32)
-      for (float& v : host) v = static_cast<float>(std::bit_cast<int32_t>(v));
-    e.hook(layer, name, host, static_cast<int>(t.rows()), static_cast<int>(t.cols()));
+    if (e.hook) e.hook(layer, name, qn::download_floats(device, t), static_cast<int>(t.rows()), static_cast<int>(t.cols()));
   }
 
   qn::Rope rope() const { return {view(part.inv_freq.data(), DType::F32, m.info.rotary_dim / 2), m.rope_scale}; }
@@ -667,19 +682,8 @@ struct Session::Stage : qn::PipelineStage {
     if (all_rows) trace(-1, "final_norm", hidden.slice(1, n));
   }
 
-  // Logits of rows of `x`, normed already when `norm` is empty, in groups small enough for the scratch.
-  void head_rows(const Tensor& x, const std::function<void(int64_t row, std::span<const float>)>& row) {
-    const auto v = static_cast<size_t>(m.info.vocab);
-    std::vector<float> host(static_cast<size_t>(kLogitRows) * v);
-    for (int64_t r = 0; r < x.rows(); r += kLogitRows) {
-      const int64_t k = std::min<int64_t>(kLogitRows, x.rows() - r);
-      qn::NormMatmulArgs a;
-      a.h = x.slice(r, k), a.act = e.act, a.w = m.head, a.y = logit_rows.slice(0, k);
-      device.norm_matmul(a);
-      device.download(host.data(), logit_rows.data, static_cast<size_t>(k) * v * sizeof(float));
-      for (int64_t j = 0; j < k; j++) row(r + j, std::span(host).subspan(static_cast<size_t>(j) * v, v));
-    }
-  }
+  // Logits of rows of `x`, which are normed already
+  void head_rows(const Tensor& x, const std::function<void(int64_t row, std::span<const float>)>& row) { qn::each_product(device, x, m.head, e.act, logit_rows, row); }
 
   // Slot i joins the final norm of position i with the embedding of token i+1 and predicts token i+2 (model-spec 5.1). The call's
   // last position waits for the next call, which finds its final norm in last_hidden().
@@ -725,7 +729,7 @@ struct Session::Impl {
     qn::DecoderModel d;
     last.give_to(d);
     d.pipeline = &pipeline, d.pass = [this](size_t i, int n) { stages[i].decode(n); }, d.key = kRecorded;
-    decoder = std::make_unique<qn::Decoder>(std::move(d), e.draft);
+    decoder = std::make_unique<qn::Decoder>(std::move(d), e.options.draft);
   }
   Stage& make_stages() {
     for (const Part& p : e.parts) pipeline.add(stages.emplace_back(e, p, ubatch));
@@ -743,7 +747,7 @@ struct Session::Impl {
     prepare(from, n);
     const bool all_rows = e.hook || each || e.mtp;  // final norms of every row are wanted
     const auto behind = [&] {  // the last stage's work when it has final norms
-      if (each) all_logits(from, n, *each);
+      if (each) last.head_rows(last.hidden.slice(1, n), [&](int64_t row, std::span<const float> l) { (*each)(from + static_cast<int>(row), l); });
       if (e.mtp) last.mtp(from, n);
       if (all_rows) last.device.copy(last.last_hidden(), last.hidden.slice(n, 1).data, static_cast<size_t>(m.info.width) * sizeof(float));
     };
@@ -815,10 +819,6 @@ struct Session::Impl {
     return qn::bytes_asked(e.devices(), {{}, [this](bool) { pipeline.run(1, 0, [this](size_t i) { stages[i].layers_and_head(1, false); }); }}) + cache_bytes(1);
   }
 
-  void all_logits(int from, int n, const std::function<void(int, std::span<const float>)>& each) {
-    last.head_rows(last.hidden.slice(1, n), [&](int64_t row, std::span<const float> l) { each(from + static_cast<int>(row), l); });
-  }
-
   // ---- 5. the session ---------------------------------------------------------------------------------------------------
 
   int position() const { return static_cast<int>(tokens.size()); }
@@ -885,23 +885,19 @@ struct Session::Impl {
     return r;
   }
 
-  void take_token(int32_t id) {
+  void step_one(int32_t id) {
+    const double start = now();
     check_token(id);
     if (position() >= e.plan.ctx) fail("the context of %d positions is full; start over with a larger --ctx", e.plan.ctx);
     tokens.push_back(id);
     forward(position() - 1, 1, nullptr);
-  }
-
-  void step_one(int32_t id) {
-    const double start = now();
-    take_token(id);
     pipeline.wait();
     timings.decode_tokens++, timings.decode_seconds += now() - start;
   }
 
   GenerateResult generate(const GenerateParams& p, const std::function<bool(const Delivery&)>& deliver) {
     if (tokens.empty()) fail("nothing to continue: the prompt has no tokens");
-    qn::Sampler sampler(p.sampling, e.tokenizer && !last.chooser ? e.allowed_ids() : std::vector<uint8_t>());
+    qn::Sampler sampler(p.sampling, e.tokenizer && !last.chooser ? e.tokenizer->ids(m.info.vocab) : std::vector<uint8_t>());
     qn::AnswerText answer(p.stop);
     GenerateResult r{};
     const double start = now();

@@ -20,6 +20,7 @@
 
 #include "ggml-lite/base/check.h"
 #include "ggml-lite/core/device.h"   // LoadReport
+#include "ggml-lite/core/forecast.h" // Speeds, Forecast
 #include "ggml-lite/core/measure.h"  // OpTime, PassTime
 #include "ggml-lite/text/chatml.h"   // Message, ToolCall, ChatStyle, Answer
 #include "ggml-lite/text/sampler.h"  // SamplerParams
@@ -92,6 +93,7 @@ struct DevicePlan {
   int begin, end;                        // its layers: [begin, end)
   uint64_t weights, kv, state, scratch;  // bytes
   int slots;                             // experts of every layer that are on it at a time, the others in memory of the host; 0: all
+  uint64_t host;                         // experts in memory of the host, those in slots, too; 0 when all are on it
   uint64_t budget;                       // devices that share memory have an equal share of it each
 };
 struct Plan {
@@ -100,7 +102,18 @@ struct Plan {
   int ctx, ubatch;
   uint64_t weights, kv, state, scratch;  // bytes; weights are mapped on the CPU, copied to a GPU
   uint64_t budget;                       // what may be used: memory of the process, or free memory of the GPU
+  uint64_t host;                         // experts in memory of the host
+  bool pinned;                           // there is memory to pin them, so that GPUs can fetch them
+  uint64_t ram;                          // what may be used of memory of the host
   std::vector<DevicePlan> devices;       // in the order of their layers; what is above is their sum
+};
+
+// How fast it will be, from bandwidths measured now (core/forecast.h)
+struct Outlook {
+  Plan plan;
+  qn::Speeds speeds;
+  qn::Forecast forecast;
+  std::string advice;  // the change that helps decoding most; empty: none helps by 3 %
 };
 
 struct MemoryUse {
@@ -129,12 +142,15 @@ class Engine {
   // Validates, plans, places. Throws Error; nothing is allocated when the plan does not fit. On a GPU the memory of one session is
   // taken here, so that engines opened in turn share it without surprises; it is given to the first session.
   static Engine open(const std::string& path, const Options& options, const Progress& progress = {});
+  // What open() would plan, and what to expect of it; takes two seconds of measuring, and no memory for the model.
+  static Outlook outlook(const std::string& path, const Options& options);
   // Only the tokenizer of a file (works on files without weights).
   static Engine open_tokenizer(const std::string& path);
   Engine(Engine&&) noexcept;
   ~Engine();
 
   const ModelInfo& info() const;
+  Outlook outlook() const;
   const Plan& plan() const;
   std::string device_name() const;
   const qn::LoadReport& load_report() const;  // how the weights got to the device; zero where they are used as the file is mapped

@@ -5,6 +5,7 @@
 #include <cublas_v2.h>
 
 #include <algorithm>
+#include <chrono>
 #include <cstring>
 #include <map>
 #include <memory>
@@ -375,6 +376,23 @@ class CudaDevice final : public Device {
     recordings_forget(owner);
   }
 
+  double bus_bandwidth() override {
+    constexpr size_t kBytes = 256 << 20;
+    make_current();
+    void* host = nullptr;
+    check(cudaHostAlloc(&host, kBytes, cudaHostAllocDefault), "measuring the bus");
+    const Buffer there = alloc(kBytes, "measuring the bus");
+    double best = 0;
+    for (int i = 0; i < 3; i++) {
+      sync();
+      const auto start = std::chrono::steady_clock::now();
+      check(cudaMemcpyAsync(there.data(), host, kBytes, cudaMemcpyHostToDevice, context_.stream), "measuring the bus");
+      sync();
+      best = std::max(best, kBytes / std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count());
+    }
+    cudaFreeHost(host);
+    return best;
+  }
   double read_bandwidth(uint64_t) override {
     make_current();
     // Weights, when there are enough of them: they are what a token reads. Else memory of its own, larger than any cache.

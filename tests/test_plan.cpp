@@ -5,6 +5,7 @@
 #include <numeric>
 
 #include "ggml-lite/base/check.h"
+#include "ggml-lite/core/forecast.h"
 #include "ggml-lite/core/plan.h"
 
 using namespace qn;
@@ -211,4 +212,80 @@ TEST_CASE("plan: what a refusal of several devices advises is accepted by all of
           advised++;
         }
   CHECK(advised > 100);
+}
+
+namespace {
+// 48 layers of 512 experts of 1.6 MB, of which a token chooses 10
+ForecastPart forecast_part(int slots, int fetch = 25) { return {true, 48, 290, 4'000'000'000, 1'650'000, 512, 10, slots, fetch}; }
+const Speeds kSpeeds{3e12, 50e9, 100e9, 2e9};
+
+double decode(const ForecastPart& p, const HostPlan& host = {16}) { return forecast(std::span(&p, 1), 4096, host, kSpeeds).decode; }
+}  // namespace
+
+TEST_CASE("plan: experts are pinned when that leaves memory for all else") {
+  CHECK(!pins_experts(0, 64 * kGiB));
+  CHECK(pins_experts(40 * kGiB, 42 * kGiB));
+  CHECK(!pins_experts(40 * kGiB, 42 * kGiB - 1));
+}
+
+TEST_CASE("plan: what memory of the host must hold is said, and only when the device does not hold it all") {
+  PlanRequest r = request(24);
+  r.experts = 40 * kGiB, r.expert_count = 512;
+  r.expert_memory = [](int slots) { return static_cast<uint64_t>(slots) * 80 * (1 << 20); };
+  const MemoryPlan p = plan_memory(r);
+  CHECK(p.slots > 0);
+  CHECK(p.host == r.experts);
+  r.budget = 79 * kGiB;
+  CHECK(plan_memory(r).host == 0);
+}
+
+TEST_CASE("forecast: a device that holds everything is bound by its memory and by the number of its operations") {
+  const ForecastPart p = forecast_part(0);
+  const Forecast f = forecast(std::span(&p, 1), 8192, {16}, kSpeeds);
+  CHECK(f.misses == 0);
+  CHECK(1 / f.bound == doctest::Approx((4e9 + 480 * 1.65e6) / 3e12));
+  CHECK(f.seconds[1] + f.seconds[2] == 0);
+  CHECK(1 / f.decode == doctest::Approx((4e9 + 480 * 1.65e6) / (0.87 * 3e12) + 290 * 2.3e-6));
+  CHECK(f.prefill[0] == doctest::Approx(f.prefill[1]));
+}
+
+TEST_CASE("forecast: experts on the host: more slots are faster, as is fetching some, and misses are what chance makes them") {
+  double last = 0;
+  for (int slots = 32; slots < 512; slots += 32) {
+    const ForecastPart p = forecast_part(slots);
+    const Forecast f = forecast(std::span(&p, 1), 4096, {16}, kSpeeds);
+    CHECK(f.misses == doctest::Approx(10 * (1 - slots / 512.0)));
+    CHECK(f.decode > last);
+    CHECK(f.bound > f.decode);
+    CHECK(1 / f.bound == doctest::Approx(48 * f.misses * 1.65e6 / 100e9 + 4e9 / 3e12));
+    last = f.decode;
+  }
+  CHECK(decode(forecast_part(0)) > last);
+  CHECK(decode(forecast_part(128, 25)) > decode(forecast_part(128, 0)));
+  CHECK(decode(forecast_part(128, 25), {16, false}) == doctest::Approx(decode(forecast_part(128, 0))));  // not pinned: nothing is fetched
+  CHECK(decode(forecast_part(128), {16, true, 0.5}) < decode(forecast_part(128)) / 2);                   // half of them on a disk
+}
+
+TEST_CASE("forecast: stages work in turn on a token and at the same time on a prompt") {
+  ForecastPart half = forecast_part(0);
+  half.layers = 24, half.rest_bytes /= 2, half.operations /= 2;
+  const ForecastPart two[] = {half, half}, one = forecast_part(0);
+  CHECK(forecast(two, 4096, {16}, kSpeeds).decode == doctest::Approx(decode(one)));
+  CHECK(forecast(two, 1024, {16}, kSpeeds).prefill[1] > 1.7 * forecast(std::span(&one, 1), 1024, {16}, kSpeeds).prefill[1]);
+}
+
+TEST_CASE("forecast: a CPU alone, and with a file larger than its memory") {
+  ForecastPart p = forecast_part(0);
+  p.gpu = false;
+  CHECK(1 / decode(p) == doctest::Approx((4e9 + 480 * 1.65e6) / (0.7 * 100e9)));
+  CHECK(decode(p, {16, false, 0.2}) < decode(p));
+  CHECK(forecast(std::span(&p, 1), 512, {16, false, 0.2}, kSpeeds).prefill[0] < forecast(std::span(&p, 1), 512, {16}, kSpeeds).prefill[0]);
+}
+
+TEST_CASE("forecast: the change that helps most, or none") {
+  const ForecastPart p = forecast_part(128), whole = forecast_part(0);
+  CHECK(best_change(std::span(&p, 1), 4096, {16}, kSpeeds, {kGiB, 4096, false, true}).starts_with("a file made with --rest int8"));
+  CHECK(best_change(std::span(&p, 1), 4096, {16}, kSpeeds, {20 * kGiB, 262144, false, false}).starts_with("--ctx 8192"));
+  CHECK(best_change(std::span(&p, 1), 4096, {16}, kSpeeds, {20 * kGiB, 4096, true, false}).starts_with("--kv-type int8"));
+  CHECK(best_change(std::span(&whole, 1), 8192, {16}, kSpeeds, {20 * kGiB, 262144, true, false}).empty());
 }

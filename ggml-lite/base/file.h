@@ -77,6 +77,10 @@ bool is_directory(const std::string& path);
 // Free bytes of the file system that holds `path` (its folder need exist, the file not).
 uint64_t free_disk(const std::string& path);
 
+// Bytes per second of pieces read from the disk by several threads, from places all over a file, past the page cache where the file system
+// can; takes half a second.
+double disk_bandwidth(const std::string& path);
+
 // Large zeroed anonymous memory; pages are taken from the system when first touched, huge pages where possible.
 class Arena {
  public:

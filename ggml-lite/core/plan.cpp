@@ -28,7 +28,7 @@ static MemoryPlan plan_offload(const PlanRequest& r) {
       const uint64_t fixed = p.placed + kDeviceMargin + p.state + p.kv + p.scratch;
       for (int slots = r.slots ? r.slots : r.expert_count - 1; slots >= (r.slots ? r.slots : 1); slots--) {
         if (fixed + r.expert_memory(slots) > r.budget) continue;
-        p.slots = slots, p.weights = p.placed + r.expert_memory(slots);
+        p.slots = slots, p.host = r.experts, p.weights = p.placed + r.expert_memory(slots);
         return p;
       }
       if (r.ctx || ctx <= few) break;
@@ -69,6 +69,8 @@ MemoryPlan plan_memory(const PlanRequest& r) {
        r.file.c_str(), r.device.c_str(), gib(p.weights).c_str(), p.ctx, gib(p.kv).c_str(), gib(p.state).c_str(), gib(p.scratch).c_str(), gib(need).c_str(),
        gib(kDeviceMargin).c_str(), gib(r.budget).c_str(), gib(std::max(need, r.budget + r.per_position) - r.budget).c_str(), advice.c_str());
 }
+
+bool pins_experts(uint64_t host, uint64_t ram) { return host > 0 && host + (2ull << 30) <= ram; }
 
 std::vector<MemoryPlan> plan_devices(std::vector<PlanRequest> requests) {
   const bool several = requests.size() > 1;

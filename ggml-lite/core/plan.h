@@ -33,6 +33,7 @@ struct MemoryPlan {
   uint64_t weights = 0, kv = 0, state = 0, scratch = 0;  // bytes; weights: with slots and staging memory of experts
   uint64_t placed = 0;                                   // of weights, what is not slots or staging memory
   int slots = 0;                                         // experts of every layer on the device; 0: all
+  uint64_t host = 0;                                     // experts that memory of the host holds, in or out of the page cache; 0 when slots is
 };
 
 // Memory of a device that no plan names: kernels loaded on first use, recordings, rounding of allocations.
@@ -44,6 +45,10 @@ constexpr uint64_t kDeviceMargin = 384ull << 20;
 MemoryPlan plan_memory(const PlanRequest& request);
 // The same of devices that each hold a part of one model: one context and one length of passes, which fit all of them.
 std::vector<MemoryPlan> plan_devices(std::vector<PlanRequest> requests);
+
+// Whether experts that memory of the host holds, in all of the plan, are pinned there for the GPUs to read: when that leaves 2 GiB of the
+// `ram` that may be used. Otherwise they are pages of the file, which the system keeps or reads again as it sees fit: nothing is swapped.
+bool pins_experts(uint64_t host, uint64_t ram);
 
 // Bytes of a model in order: what lies before the layers is held by the first device, what lies behind them by the last.
 struct LayerBytes {

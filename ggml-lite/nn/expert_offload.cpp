@@ -187,11 +187,9 @@ uint8_t* ExpertOffload::slot(size_t layer, int slot) const {
 }
 
 std::unique_ptr<ExpertOffload> offload_experts(Device& device, ExpertHost& host, const std::vector<std::pair<Experts*, const QnTensor*>>& layers, Loader& loader,
-                                               OffloadShape shape, uint64_t ram) {
+                                               const OffloadShape& shape) {
   std::vector<Experts*> experts;
-  uint64_t bytes = 0;
-  for (const auto& [x, tensor] : layers) experts.push_back(x), bytes += tensor->bytes;
-  shape.pin = ram > bytes;
+  for (const auto& [x, tensor] : layers) experts.push_back(x);
   auto offload = std::make_unique<ExpertOffload>(device, host, experts, shape);
   for (size_t i = 0; i < layers.size(); i++)
     for (int r = 0; r < shape.slots; r++) loader.copy_record(device, *layers[i].second, static_cast<size_t>(r), offload->slot(i, r));

@@ -72,8 +72,8 @@ class ExpertOffload {
   ExpertBox box_;
 };
 
-// For layers of a model file: pins their experts when `ram`, bytes that may be used, is more than they are, and has the loader fill the slots.
+// For layers of a model file; the loader will fill the slots.
 std::unique_ptr<ExpertOffload> offload_experts(Device& device, ExpertHost& host, const std::vector<std::pair<Experts*, const QnTensor*>>& layers, Loader& loader,
-                                               OffloadShape shape, uint64_t ram);
+                                               const OffloadShape& shape);
 
 }  // namespace qn

@@ -1,5 +1,7 @@
 #include "ggml-lite/nn/layer_scratch.h"
 
+#include <bit>
+
 #include <algorithm>
 
 #include "ggml-lite/base/check.h"
@@ -43,6 +45,25 @@ LayerScratch::LayerScratch(const LayerDims& d, int64_t t, ScratchMemory& memory)
   moe.x = memory.take(t, d.width), moe.logits = memory.take(t, d.experts);
   moe.shared = memory.take(t, d.shared_width), moe.shared_scale = memory.take(t);
   moe.ids = memory.take(t, d.chosen, DType::I32), moe.weights = memory.take(t, d.chosen), moe.inner = memory.take(t * d.chosen, d.expert_width);
+}
+
+std::vector<float> download_floats(Device& device, const Tensor& t) {
+  std::vector<float> host(static_cast<size_t>(t.rows() * t.cols()));
+  device.download(host.data(), t.data, host.size() * sizeof(float));
+  if (t.dtype == DType::I32)
+    for (float& v : host) v = static_cast<float>(std::bit_cast<int32_t>(v));
+  return host;
+}
+
+void each_product(Device& device, const Tensor& x, const Tensor& w, Act act, const Tensor& scratch, const std::function<void(int64_t, std::span<const float>)>& row) {
+  const auto n = static_cast<size_t>(scratch.cols());
+  for (int64_t r = 0; r < x.rows(); r += scratch.rows()) {
+    NormMatmulArgs a;
+    a.h = x.slice(r, std::min(scratch.rows(), x.rows() - r)), a.act = act, a.w = w, a.y = scratch.slice(0, a.h.rows());
+    device.norm_matmul(a);
+    const std::vector<float> host = download_floats(device, a.y);
+    for (int64_t j = 0; j < a.h.rows(); j++) row(r + j, std::span(host).subspan(static_cast<size_t>(j) * n, n));
+  }
 }
 
 }  // namespace qn

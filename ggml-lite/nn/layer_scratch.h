@@ -1,5 +1,9 @@
 // Scratch memory of a decoder layer (a mixer, then experts), shared by all layers of a device: each is done before the next begins.
 #pragma once
+#include <functional>
+#include <span>
+#include <vector>
+
 #include "ggml-lite/core/device.h"
 #include "ggml-lite/nn/gated_attention.h"
 #include "ggml-lite/nn/gated_delta_net.h"
@@ -40,5 +44,17 @@ struct LayerScratch {
   AttentionScratch attn;
   MoeScratch moe;
 };
+
+// A copy of values on the device; `what` names them when there is no room
+template <class T>
+Buffer upload_new(Device& device, std::span<const T> values, const char* what) {
+  Buffer b = device.alloc(values.size_bytes(), what);
+  device.upload(b.data(), values.data(), values.size_bytes());
+  return b;
+}
+// Values of a tensor of F32 or I32, as numbers
+std::vector<float> download_floats(Device& device, const Tensor& t);
+// row(i, W act(x_i)) for every row of x, as many at a time as `scratch` (R, N) has rows
+void each_product(Device& device, const Tensor& x, const Tensor& w, Act act, const Tensor& scratch, const std::function<void(int64_t, std::span<const float>)>& row);
 
 }  // namespace qn

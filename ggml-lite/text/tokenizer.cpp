@@ -433,6 +433,11 @@ Tokenizer::Tokenizer(Tokenizer&&) noexcept = default;
 
 int32_t Tokenizer::size() const { return static_cast<int32_t>(impl_->tokens.size()); }
 bool Tokenizer::has(int32_t id) const { return !bytes(id).empty(); }
+std::vector<uint8_t> Tokenizer::ids(int32_t vocab) const {
+  std::vector<uint8_t> known(static_cast<size_t>(vocab));
+  for (int32_t id = 0; id < vocab; id++) known[static_cast<size_t>(id)] = has(id);
+  return known;
+}
 bool Tokenizer::special(int32_t id) const { return has(id) && impl_->role[id] == 2; }
 std::string_view Tokenizer::bytes(int32_t id) const { return id >= 0 && id < size() ? impl_->bytes(id) : std::string_view(); }
 

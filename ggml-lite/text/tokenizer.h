@@ -46,6 +46,7 @@ class Tokenizer {
   std::vector<int32_t> encode(std::span<const TextPiece> pieces) const;
   std::string_view bytes(int32_t id) const;              // of any token, added ones included; "" for ids without one
   bool has(int32_t id) const;
+  std::vector<uint8_t> ids(int32_t vocab) const;         // (vocab): whether each has a token
   bool special(int32_t id) const;                        // an added token with special = true
   int32_t find_added(std::string_view text) const;       // id or -1
   std::string decode(std::span<const int32_t> ids) const;  // joined bytes (may be invalid UTF-8), special tokens included

@@ -214,6 +214,7 @@ struct Run {
   qn::LoadReport load;
   MemoryUse memory{};
   OffloadUse offload{};
+  std::optional<Outlook> outlook;  // when experts are on the host
   uint64_t measured_in = 0;  // resident set while bandwidth was measured, if that raised it
   std::vector<Result> results;
 
@@ -665,6 +666,12 @@ void notes(const Run& run) {
   if (const OffloadUse& o = run.offload; o.steps)
     line("", qn::format("the CPU computed %.1f in each of %llu steps of a layer, in %.1f us%s", static_cast<double>(o.experts) / static_cast<double>(o.steps),
                         static_cast<unsigned long long>(o.steps), 1e6 * o.seconds / static_cast<double>(o.steps), o.pinned ? "" : "; the GPU cannot fetch: memory is not pinned"));
+  if (run.outlook) {
+    const qn::Forecast& f = run.outlook->forecast;
+    line("", qn::format("%.1f experts of a token and layer have no slot; host memory %.1f GB/s, bus %.1f GB/s: at these speeds and nothing waiting %.1f tok/s", f.misses,
+                        run.outlook->speeds.host / 1e9, run.outlook->speeds.bus / 1e9, f.bound));
+    line("", qn::format("--plan expects %.1f tok/s, prompts of 2048 at %.0f, of 8192 at %.0f", f.decode, f.prefill[0], f.prefill[1]));
+  }
   line("", "resident set of the process " + gib(qn::peak_rss()) + " at its peak" +
                (run.measured_in ? ", which was while measuring bandwidth unless it is above " + gib(run.measured_in) : ""));
 }
@@ -813,6 +820,7 @@ void run_model(const std::string& path, const Args& a, std::vector<Run>& runs, O
   }
   Bench(engine, a, run, text).all([&](const Result& r) { output.add(run, r); });
   run.offload = engine.offload_use();
+  if (run.offload.steps) run.outlook = engine.outlook();
 }
 
 // A chart must not take the place of what is measured.
