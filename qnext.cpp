@@ -254,17 +254,17 @@ class Binder {
     i_.bytes_per_token = per_token_;
     if (!i_.mtp) return;
     unused_ = !mtp_;  // checked all the same
-    m_.mtp.norm_embed = vec("mtp.norm_embed", i_.width);
-    m_.mtp.norm_hidden = vec("mtp.norm_hidden", i_.width);
+    m_.mtp.norm_embed = vec("mtp.norm_embed", i_.width), m_.mtp.norm_hidden = vec("mtp.norm_hidden", i_.width);
     m_.mtp.fc = weight("mtp.fc", i_.width, 2 * i_.width, kRest);
     m_.mtp_layer = layer("mtp.layer.", true);
     m_.mtp.norm = vec("mtp.norm", i_.width);
+    m_.mtp.head = f_.find("mtp.head") ? weight("mtp.head", i_.vocab, i_.width, kDraft) : m_.head;
   }
 
  private:
   static constexpr DType kExact[] = {DType::BF16, DType::F32};
   static constexpr DType kRest[] = {DType::BF16, DType::INT8, DType::F32};
-  static constexpr DType kF32[] = {DType::F32};
+  static constexpr DType kF32[] = {DType::F32}, kDraft[] = {DType::INT8, DType::INT4};
 
   void at(const Part& part) { device_ = part.device.get(), slots_ = part.slots; }
   void* place(const std::string& name, const void* mapped) { return unused_ ? nullptr : loader_.place(*device_, *f_.find(name), mapped); }
@@ -704,7 +704,7 @@ struct Session::Stage : qn::PipelineStage {
   void give_to(qn::DecoderModel& d) {  // what the last stage has
     const int rows = std::min({static_cast<int>(h.rows()), kRecorded, state.shape().states + 1});
     d.chooser = chooser ? &chooser : nullptr, d.hidden = hidden.slice(1, rows), d.logits = logit_rows, d.embedded = embedded, d.x = h;
-    d.head = m.head, d.mtp = m.mtp, d.eps = m.eps, d.act = e.act;
+    d.mtp = m.mtp, d.eps = m.eps, d.act = e.act;
     if (e.mtp) d.layer = [this](const Tensor& x, const StepParams* at) { run_layer(m.mtp_layer, m.info.layers, x, at); };
   }
 };

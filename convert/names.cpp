@@ -1,5 +1,7 @@
 #include "convert/names.h"
 
+#include <unordered_set>
+
 #include "ggml-lite/base/check.h"
 
 namespace qn {
@@ -131,14 +133,17 @@ std::vector<Target> model_layout(const ModelConfig& c, const LayoutOptions& opti
     b.layer("layers." + n, "model.layers." + n, c.kinds[i] == 1);
   }
   b.vector("norm", c.width, Fold::OnePlus, "model.norm.weight");
-  if (!c.tied || options.recipe.rest != DType::BF16)
-    b.plain("head", options.recipe.rest, c.vocab, c.width, c.tied ? embed : "lm_head.weight");
+  const std::string head = c.tied ? embed : "lm_head.weight";
+  const bool own_head = !c.tied || options.recipe.rest != DType::BF16;
+  if (own_head) b.plain("head", options.recipe.rest, c.vocab, c.width, head);
+  const uint64_t head_bytes = stored_bytes((own_head ? b.dense.back() : b.dense.front()).tensor);
   if (options.mtp) {
     b.vector("mtp.norm_embed", c.width, Fold::OnePlus, "mtp.pre_fc_norm_embedding.weight");
     b.vector("mtp.norm_hidden", c.width, Fold::OnePlus, "mtp.pre_fc_norm_hidden.weight");
     b.plain("mtp.fc", DType::BF16, c.width, 2 * c.width, "mtp.fc.weight");
     b.layer("mtp.layer.", "mtp.layers.0.", true);
     b.vector("mtp.norm", c.width, Fold::OnePlus, "mtp.norm.weight");
+    if (has_draft_head(options.recipe, c.vocab, c.width, head_bytes)) b.plain("mtp.head", options.recipe.draft, c.vocab, c.width, head);
   }
   std::vector<Target> all = std::move(b.dense);
   for (Target& t : b.experts) all.push_back(std::move(t));
@@ -169,8 +174,10 @@ ExpertMatrices expert_matrices(const Target& t, int64_t e) {
 }
 
 void for_each_source(const std::vector<Target>& layout, const std::function<void(const SourceTensor&)>& f) {
+  std::unordered_set<std::string> dense;  // the head and its copy for guesses come from one tensor, which may be the embedding
   for (const Target& t : layout) {
-    for (const SourceTensor& s : t.matrix.from) f(s);
+    for (const SourceTensor& s : t.matrix.from)
+      if (dense.insert(s.name).second) f(s);
     if (!t.tensor.experts) continue;
     for (int64_t e = 0; e < (t.fused ? 1 : t.tensor.shape[0]); e++) {
       const ExpertMatrices m = expert_matrices(t, e);

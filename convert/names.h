@@ -57,7 +57,7 @@ struct LayoutOptions {
 // Everything but the tokenizer, in file order: dense tensors, then the experts. Throws Error for a group that does not divide.
 std::vector<Target> model_layout(const ModelConfig& c, const LayoutOptions& options);
 
-// Every checkpoint tensor that the layout reads, with its shape there.
+// Every checkpoint tensor that the layout reads, once, with its shape there.
 void for_each_source(const std::vector<Target>& layout, const std::function<void(const SourceTensor&)>& f);
 
 }  // namespace qn

@@ -3,6 +3,7 @@
 #include <algorithm>
 
 #include "ggml-lite/base/check.h"
+#include "ggml-lite/core/blocks.h"
 
 namespace qn {
 namespace {
@@ -18,6 +19,7 @@ constexpr Entry kModel[] = {
     {"norm", Kind::Norm, "norms"},           {"head", Kind::Rest, "head"},
     {"mtp.norm_embed", Kind::Norm, "norms"}, {"mtp.norm_hidden", Kind::Norm, "norms"},
     {"mtp.norm", Kind::Norm, "norms"},       {"mtp.fc", Kind::Exact, "mtp entry"},
+    {"mtp.head", Kind::Draft, "draft head"},
 };
 
 // After "layers.N." or "mtp.layer.".
@@ -73,6 +75,10 @@ int largest_group(int64_t k, const std::string& what) {
   for (const int group : {128, 64, 32})
     if (k > 0 && k % group == 0) return group;
   fail("%s: %lld columns are no multiple of 32, so int8 and int4 cannot store it; use bf16", what.c_str(), static_cast<long long>(k));
+}
+
+bool has_draft_head(const Recipe& r, int64_t v, int64_t d, uint64_t bytes) {
+  return d > 0 && d % 32 == 0 && static_cast<uint64_t>(weight_bytes(r.draft, v, d, largest_group(d, "mtp.head"))) < bytes;
 }
 
 int expert_group(const Recipe& r, int64_t d, int64_t f) {

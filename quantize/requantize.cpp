@@ -154,14 +154,28 @@ void Requantizer::plan() {
   }
   // A tied head is the embedding itself, which stays bf16; with fewer bits the head becomes a tensor of its own.
   const QnTensor& embed = *source_.find("embed");
-  if (options_.rest == DType::INT8 && !source_.find("head") && embed.shape.size() == 2 && is_weight(embed.dtype) && !is_t16(embed.dtype)) {
-    Job j(embed);
+  const QnTensor& head = source_.find("head") ? *source_.find("head") : embed;
+  const auto job = [&](std::string_view name) { return std::find_if(jobs_.begin(), jobs_.end(), [&](const Job& x) { return x.to.name == name; }); };
+  const auto make = [&](const char* name, DType dtype, const char* behind) {
+    Job j(head);
     j.copy = false;
-    j.to.name = "head";
-    j.to.dtype = DType::INT8;
-    j.to.group = static_cast<uint16_t>(largest_group(embed.shape[1], source_.path() + ": head"));
-    const auto norm = std::find_if(jobs_.begin(), jobs_.end(), [](const Job& x) { return x.to.name == "norm"; });
-    jobs_.insert(norm == jobs_.end() ? norm : norm + 1, std::move(j));
+    j.to.name = name, j.to.dtype = dtype;
+    j.to.group = static_cast<uint16_t>(largest_group(head.shape[1], source_.path() + ": " + name));
+    const auto at = job(behind);
+    jobs_.insert(at == jobs_.end() ? at : at + 1, std::move(j));
+  };
+  if (head.shape.size() != 2 || !is_weight(head.dtype)) return;
+  if (options_.rest == DType::INT8 && &head == &embed && !is_t16(embed.dtype)) make("head", DType::INT8, "norm");
+  // What the head becomes here is what its copy for guesses has to be smaller than. Files from before there was one get it.
+  const auto kept = job("head"), draft = job("mtp.head");
+  Recipe recipe;
+  recipe.draft = options_.draft;
+  const uint64_t bytes = stored_bytes(kept == jobs_.end() ? embed : kept->to);
+  if (draft != jobs_.end() && draft->from.bytes >= bytes) {
+    notes_.push_back("note: mtp.head is left out, for the head itself is as small now");
+    jobs_.erase(draft);
+  } else if (draft == jobs_.end() && job("mtp.norm") != jobs_.end() && has_draft_head(recipe, head.shape[0], head.shape[1], bytes)) {
+    make("mtp.head", recipe.draft, "mtp.norm");
   }
 }
 
@@ -181,6 +195,7 @@ void Requantizer::set_provenance(QnWriter& writer) const {
     if (e != jobs_.end()) text += " experts " + format_text(e->to) + ",";
   }
   if (options_.rest) text += std::string(" rest ") + name(*options_.rest) + ",";
+  if (std::any_of(jobs_.begin(), jobs_.end(), [](const Job& j) { return j.to.name == "mtp.head" && !j.copy; })) text += " draft head,";
   text += options_.search == ScaleSearch::Max ? " scale max" : " scale search";
   writer.set(key, text + ", from " + std::filesystem::path(source_.path()).filename().string());
 }
@@ -202,21 +217,20 @@ void Requantizer::copy_dense(QnWriter& writer, const Job& j) {
   check(crc, j.from.crc[0], "data is");
 }
 
-// Row-major values of rows [begin, begin + n) -> floats.
+// Values of rows [begin, begin + n) -> floats. T16: begin is that of a panel.
 void read_rows(const File& file, const QnTensor& t, int64_t begin, int64_t n, std::vector<uint8_t>& raw, float* to) {
-  const uint64_t row_bytes = static_cast<uint64_t>(t.shape[1] * item_bytes(t.dtype));
-  raw.resize(static_cast<size_t>(n) * row_bytes);
-  file.read(t.offset + static_cast<uint64_t>(begin) * row_bytes, raw);
-  const Tensor rows = view(raw.data(), t.dtype, n, t.shape[1]);
+  raw.resize(static_cast<size_t>(weight_bytes(t.dtype, n, t.shape[1], t.group)));
+  file.read(t.offset + static_cast<uint64_t>(weight_bytes(t.dtype, begin, t.shape[1], t.group)), raw);
+  const Tensor rows = weight(raw.data(), t.dtype, n, t.shape[1], t.group);
   for (int64_t r = 0; r < n; r++) decode_row(rows, r, {to + r * t.shape[1], static_cast<size_t>(t.shape[1])});
 }
 
-// Row-major -> any format, a few rows per task; a batch of tasks runs on all threads and is written in order.
+// Any format -> any other, a few rows per task; a batch of tasks runs on all threads and is written in order.
 void Requantizer::encode_dense(QnWriter& writer, Job& j) {
   const QnTensor &from = j.from, &to = j.to;
-  QN_CHECK(!is_t16(from.dtype), "encode_dense: %s source", name(from.dtype));  // it could only gain bits, or stay
   const int64_t n = from.shape[0], k = from.shape[1];
   const bool swiglu = is_t16(to.dtype) && to.name.ends_with("shared_gate_up");
+  QN_CHECK(!swiglu || !is_t16(from.dtype), "encode_dense: %s from %s", to.name.c_str(), name(from.dtype));
   if (swiglu && n % 16) fail("expected a multiple of 16 rows, got %lld", static_cast<long long>(n));
   if (static_cast<uint64_t>(k) * kPanelRows * 4 > kMemory / 64) fail("rows of %lld values are too long", static_cast<long long>(k));
 
@@ -259,7 +273,7 @@ void Requantizer::encode_dense(QnWriter& writer, Job& j) {
     });
     for (size_t i = 0; i < tasks.size() && rows_of(static_cast<int64_t>(i)) > 0; i++) {
       writer.write(j.index, tasks[i].out);
-      advance(static_cast<uint64_t>(rows_of(static_cast<int64_t>(i)) * k * item_bytes(from.dtype)), true);
+      advance(static_cast<uint64_t>(weight_bytes(from.dtype, rows_of(static_cast<int64_t>(i)), k, from.group)), true);
     }
   }
   for (const Task& t : tasks) j.error.add(t.error);
@@ -307,15 +321,15 @@ void Requantizer::run_experts(QnWriter& writer, Job& j) {
 RequantizeReport Requantizer::report(uint64_t bytes_after) const {
   RequantizeReport r;
   for (const Job& j : jobs_) {
-    const bool tied = j.from.name != j.to.name;  // made from a tensor that stays
-    const RequantizeRow fresh = {kind_label(j.to.name), tied ? "tied" : format_text(j.from), format_text(j.to), 0, 0, 0, 0, {}};
+    const bool made = j.from.name != j.to.name;  // from a tensor that stays
+    const RequantizeRow fresh = {kind_label(j.to.name), !made ? format_text(j.from) : j.to.name == "head" ? "tied" : "absent", format_text(j.to), 0, 0, 0, 0, {}};
     auto row = std::find_if(r.rows.begin(), r.rows.end(), [&](const RequantizeRow& x) {
       return x.label == fresh.label && x.before == fresh.before && x.after == fresh.after;
     });
     if (row == r.rows.end()) row = r.rows.insert(row, fresh);
     row->tensors++;
     row->weights += weights_of(j.to);
-    row->bytes_before += tied ? 0 : j.from.bytes;
+    row->bytes_before += made ? 0 : j.from.bytes;
     row->bytes_after += j.to.bytes;
     row->error.add(j.error);
   }

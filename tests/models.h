@@ -7,6 +7,7 @@
 #include <string>
 
 #include "convert/convert.h"
+#include "ggml-lite/core/qn.h"
 
 namespace qn {
 
@@ -53,5 +54,26 @@ class TestModels {
   std::filesystem::path folder_;
   std::map<std::string, bool> made_;
 };
+
+// A copy of a file in which a tensor is left out, or is another.
+inline void copy_file(const std::string& from, const std::string& to, std::string_view name, const QnTensor* other = nullptr, std::span<const uint8_t> bytes = {}) {
+  const QnFile f = QnFile::open(from);
+  QnWriter w(to);
+  for (const auto& [key, value] : f.meta()) w.set(key, value);
+  for (const QnTensor& t : f.tensors())
+    if (t.name != name) w.declare(t, t.experts);
+  const size_t at = other ? w.declare(*other) : 0;
+  w.layout();
+  size_t i = 0;
+  for (const QnTensor& t : f.tensors()) {
+    if (t.name == name) continue;
+    const auto data = f.data(t);
+    const size_t count = t.experts ? static_cast<size_t>(t.shape[0]) : 1, one = data.size() / count;
+    for (size_t e = 0; e < count; e++) t.experts ? w.write_expert(i, static_cast<int64_t>(e), data.subspan(e * one, one)) : w.write(i, data);
+    i++;
+  }
+  if (other) w.write(at, bytes);
+  w.finish();
+}
 
 }  // namespace qn

@@ -159,7 +159,7 @@ struct Naive {
   // Rows as the file holds them before the interleaving of gate and up.
   Values dense(const std::string& name) const {
     if (name == "embed") return all("model.embed_tokens.weight");
-    if (name == "head") return all(c.tied ? "model.embed_tokens.weight" : "lm_head.weight");
+    if (name == "head" || name == "mtp.head") return all(c.tied ? "model.embed_tokens.weight" : "lm_head.weight");
     if (name == "norm") return plus_one("model.norm.weight");
     if (name == "mtp.norm_embed") return plus_one("mtp.pre_fc_norm_embedding.weight");
     if (name == "mtp.norm_hidden") return plus_one("mtp.pre_fc_norm_hidden.weight");
@@ -253,7 +253,7 @@ struct Naive {
   }
 };
 
-std::set<std::string> wanted_names(const ModelConfig& c, bool mtp, bool head) {
+std::set<std::string> wanted_names(const ModelConfig& c, bool mtp, bool head, bool draft) {
   std::set<std::string> names = {"embed", "norm"};
   if (head) names.insert("head");
   auto layer = [&](const std::string& p, bool attends) {
@@ -266,6 +266,7 @@ std::set<std::string> wanted_names(const ModelConfig& c, bool mtp, bool head) {
   };
   for (int64_t i = 0; i < c.layers; i++) layer("layers." + std::to_string(i) + ".", c.kinds[static_cast<size_t>(i)]);
   if (mtp) {
+    if (draft) names.insert("mtp.head");
     for (const char* n : {"mtp.norm_embed", "mtp.norm_hidden", "mtp.fc", "mtp.norm"}) names.insert(n);
     layer("mtp.layer.", true);
   }
@@ -286,9 +287,9 @@ void check_file(const std::string& qn, const std::string& folder, const ConvertO
     CHECK(std::equal(want.begin(), want.end(), got.begin(), got.end()));
     const bool rest = t.name == "head" || t.name.ends_with("qkvz") || t.name.ends_with("qgkv") || t.name.ends_with(".out") ||
                       t.name.ends_with("shared_gate_up") || t.name.ends_with("shared_down");
-    CHECK(t.dtype == (t.experts ? o.recipe.experts : rest ? o.recipe.rest : t.shape.size() == 1 ? DType::F32 : DType::BF16));
+    CHECK(t.dtype == (t.experts ? o.recipe.experts : t.name == "mtp.head" ? o.recipe.draft : rest ? o.recipe.rest : t.shape.size() == 1 ? DType::F32 : DType::BF16));
   }
-  CHECK(names == wanted_names(c, mtp, !c.tied || o.recipe.rest != DType::BF16));
+  CHECK(names == wanted_names(c, mtp, !c.tied || o.recipe.rest != DType::BF16, o.recipe.rest != o.recipe.draft));
   file.verify(1);
 }
 
@@ -372,7 +373,7 @@ TEST_CASE("convert: every byte, all formats") {
         for (const int group : {0, 32}) {
           if (group && experts != DType::INT4) continue;
           ConvertOptions o;
-          o.recipe = {experts, rest, group};
+          o.recipe = {experts, rest, group, group || rest != DType::BF16 ? DType::INT4 : DType::INT8};
           o.scale = group ? ScaleSearch::Max : ScaleSearch::LeastSquares;
           o.threads = group ? 1 : 3;
           CAPTURE(folder);
@@ -657,6 +658,38 @@ TEST_CASE("convert: mtp is kept, left out, or not there") {
   check_file(dir / "n.qn", folder, o, false);
   convert_folder(kTiny, dir / "o.qn", o);
   CHECK(QnFile::open(dir / "o.qn").integer("model.mtp", 0, 1) == 1);
+}
+
+TEST_CASE("convert: a head for guesses alone, the same weights in fewer bits") {
+  TempDir dir;
+  for (const DType draft : {DType::INT8, DType::INT4})
+    for (const char* folder : {kTiny.c_str(), QN_STORIES}) {
+      ConvertOptions o;
+      o.recipe.draft = draft;
+      const ConvertReport r = convert_folder(folder, dir / "m.qn", o);
+      CHECK(std::ranges::any_of(r.lines, [&](const auto& l) { return l.label == "draft head" && has(l.format, name(draft)); }));
+      const QnFile f = QnFile::open(dir / "m.qn");
+      const QnTensor &head = *f.find("head"), &copy = *f.find("mtp.head");
+      const int64_t n = head.shape[0], k = head.shape[1];
+      CHECK((copy.shape == head.shape && copy.dtype == draft && copy.group == (k == 64 ? 64 : 128) && 3 * copy.bytes < 2 * head.bytes));
+      const Tensor a = weight(f.data(head).data(), head.dtype, n, k), b = weight(f.data(copy).data(), copy.dtype, n, k, copy.group);
+      Values x(static_cast<size_t>(k)), y(x);
+      double worst = 0;  // in steps of the largest value of a group as the largest code
+      for (int64_t row = 0; row < n; row++) {
+        decode_row(a, row, x), decode_row(b, row, y);
+        for (int64_t g = 0; g < k; g += copy.group) {
+          float largest = 0;
+          for (int64_t i = g; i < g + copy.group; i++) largest = std::max(largest, std::fabs(x[i]));
+          for (int64_t i = g; i < g + copy.group; i++) worst = std::max<double>(worst, std::fabs(x[i] - y[i]) / largest * (draft == DType::INT4 ? 8 : 127));
+        }
+      }
+      CAPTURE(worst);
+      CHECK((worst > 0.4 && worst < (draft == DType::INT4 ? 2.5 : 1.5)));
+    }
+  ConvertOptions o;
+  o.recipe.rest = DType::INT8;  // as small itself
+  convert_folder(kTiny, dir / "m.qn", o);
+  CHECK_FALSE(QnFile::open(dir / "m.qn").find("mtp.head"));
 }
 
 TEST_CASE("convert: what fails leaves the target alone") {

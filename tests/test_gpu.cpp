@@ -339,7 +339,7 @@ TEST_CASE("CUDA: --verify checks what is not copied, too") {
   if (no_gpu()) return;
   const std::string path = TestModels::get().path("stories"), damaged = path + ".damaged";
   const auto file = qn::QnFile::open(path);
-  for (const char* tensor : {"tokenizer", "mtp.fc", "norm"}) {
+  for (const char* tensor : {"tokenizer", "mtp.fc", "mtp.head", "norm"}) {
     std::filesystem::copy_file(path, damaged, std::filesystem::copy_options::overwrite_existing);
     std::fstream f(damaged, std::ios::in | std::ios::out | std::ios::binary);
     f.seekp(static_cast<std::streamoff>(file.find(tensor)->offset + file.find(tensor)->bytes - 1));

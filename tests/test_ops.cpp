@@ -373,6 +373,7 @@ std::vector<Case> table() {
       for (int64_t n = 1; n <= 17; n++) norm_matmul_case(c, f, act, 1, 256, n, false);                 // every remainder of a panel
       for (int64_t t : {2, 3, 7, 8, 9, 17}) norm_matmul_case(c, f, act, t, 256, 33, t % 2 == 1);       // and of a block of tokens
       for (int64_t k : {32, 64, 96, 128, 160, 192, 320, 384, 2048}) norm_matmul_case(c, f, act, 3, k, 31, k % 64 == 0);
+      if (f.group == 128) norm_matmul_case(c, f, act, 1, 2048, 1174, true);                            // a head for guesses
       if (f.group && act == Act::INT8) {  // tokens enough for kernels that unpack weights first
         for (int64_t t : {32, 40, 97}) norm_matmul_case(c, f, act, t, t == 97 ? 128 : 384, 49, false);
         moe_cases(c, f, f, act, 70, 6, 3, 256, 128, 128);

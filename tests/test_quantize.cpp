@@ -377,6 +377,7 @@ TEST_CASE("recipe") {
   CHECK(kind_of("mtp.layer.moe.experts") == Kind::Experts);
   CHECK(kind_of("mtp.fc") == Kind::Exact);
   CHECK(kind_of("mtp.norm") == Kind::Norm);
+  CHECK(kind_of("mtp.head") == Kind::Draft);
   CHECK(kind_of("layers.0.delta.neg_a") == Kind::Vector);
   CHECK(kind_of("layers.0.moe.shared_gate") == Kind::Exact);
   CHECK(kind_of("layers.0.moe.shared_gate_up") == Kind::Rest);
@@ -388,6 +389,14 @@ TEST_CASE("recipe") {
   CHECK(largest_group(96, "x") == 32);
   CHECK_THROWS_AS(largest_group(40, "x"), Error);
   CHECK_THROWS_AS(largest_group(0, "x"), Error);
+  for (const DType draft : {DType::INT8, DType::INT4}) {
+    Recipe r;
+    r.draft = draft;
+    CHECK(has_draft_head(r, 151936, 2048, 151936 * 2048 * 2));
+    CHECK(has_draft_head(r, 151936, 2048, 151936 * (2048 + 16 * 2)) == (draft == DType::INT4));  // an INT8 head
+    CHECK(!has_draft_head(r, 151936, 2040, 151936 * 2040 * 2));
+    CHECK(!has_draft_head(r, 3, 2048, 3 * 2048 * 2));  // a panel has 16 rows
+  }
   CHECK(expert_group({DType::INT4, DType::BF16, 0}, 2048, 512) == 128);
   CHECK(expert_group({DType::INT4, DType::BF16, 0}, 256, 64) == 64);
   CHECK(expert_group({DType::INT4, DType::BF16, 32}, 256, 64) == 32);
@@ -418,7 +427,7 @@ QnTensor described(const std::string& name, DType dtype, std::vector<int64_t> sh
 
 // A file with a tensor of every sort, wide enough that the big ones take several blocks.
 constexpr int64_t kE = 5, kD = 64, kF = 128, kFs = 16400, kV = 33001;
-Source write_source(const std::string& path, DType experts, int group, bool head = true) {
+Source write_source(const std::string& path, DType experts, int group, bool head = true, const std::vector<QnTensor>& more = {}) {
   Source s;
   Noise noise{7};
   QnWriter w(path);
@@ -435,6 +444,7 @@ Source write_source(const std::string& path, DType experts, int group, bool head
       described("norm", DType::F32, {kD}),
   };
   if (head) list.push_back(described("head", DType::BF16, {kV, kD}));
+  list.insert(list.end(), more.begin(), more.end());
   list.push_back(described("layers.0.moe.experts", experts, {kE, kD, kF}, group));
   for (const QnTensor& t : list) w.declare(t, t.experts);
   w.layout();
@@ -454,6 +464,10 @@ Source write_source(const std::string& path, DType experts, int group, bool head
       }
     } else if (t.dtype == DType::U8) {
       w.write(i, std::vector<uint8_t>(1000, 42));
+    } else if (is_t16(t.dtype)) {
+      std::vector<uint8_t> bytes(stored_bytes(t));
+      encode_rows(t.dtype, t.shape[0], t.shape[1], t.group, x.data(), ScaleSearch::Max, bytes, nullptr);
+      w.write(i, bytes);
     } else {
       std::vector<uint8_t> bytes(x.size() * static_cast<size_t>(item_bytes(t.dtype)));
       encode_rows(t.dtype, 1, n, 0, x.data(), ScaleSearch::Max, bytes, nullptr);
@@ -674,4 +688,71 @@ TEST_CASE("requantize: a tied head, damage, and what is no model") {
     w.finish();
   }
   CHECK(refusal(dir / "odd.qn", out, o).find("surprise") != std::string::npos);
+}
+
+TEST_CASE("requantize: a head for guesses is kept, made where there is none, and left out where the head is as small") {
+  TempDir dir;
+  const QnTensor norm = described("mtp.norm", DType::F32, {kD});
+  const std::string out = dir / "out.qn";
+  RequantizeOptions o;
+  o.threads = 2;
+  // What is at mtp.head afterwards has to be these values; `from`: what they were made of, already rounded
+  const auto check = [&](const Floats& from, DType dtype) {
+    const QnFile f = QnFile::open(out);
+    f.verify(1);
+    const QnTensor* t = f.find("mtp.head");
+    REQUIRE(t);
+    CHECK((t == f.find("mtp.norm") + 1 && t->dtype == dtype && t->group == 64));
+    std::vector<uint8_t> expected(t->bytes);
+    encode_rows(dtype, kV, kD, 64, from.data(), o.search, expected, nullptr);
+    CHECK(std::equal(expected.begin(), expected.end(), f.data(*t).begin()));
+  };
+  const auto same = [&](const std::string& in) {
+    const QnFile a = QnFile::open(in), b = QnFile::open(out);
+    const auto x = a.data(*a.find("mtp.head"));
+    CHECK(std::ranges::equal(x, b.data(*b.find("mtp.head"))));
+  };
+
+  const Source s = write_source(dir / "old.qn", DType::BF16, 0, true, {norm});
+  o.experts = DType::INT4;
+  const RequantizeReport r = requantize(dir / "old.qn", out, o);
+  check(s.values.at("head"), DType::INT8);
+  CHECK(QnFile::open(out).text("general.quantizer").find(" draft head,") != std::string::npos);
+  CHECK(std::ranges::any_of(r.rows, [](const RequantizeRow& x) { return x.label == "draft head" && x.before == "absent" && x.bytes_before == 0 && x.error.count > 0; }));
+  CHECK(r.notes.empty());
+  std::filesystem::rename(out, dir / "new.qn");
+  o = {}, o.threads = 2, o.experts = DType::INT4;
+  requantize(dir / "new.qn", out, o);
+  same(dir / "new.qn");
+  o.rest = DType::INT8;  // then the head holds as much
+  CHECK(requantize(dir / "new.qn", out, o).notes.size() == 1);
+  CHECK(!QnFile::open(out).find("mtp.head"));
+  CHECK(QnFile::open(out).text("general.quantizer").rfind(" draft head,") < QnFile::open(out).text("general.quantizer").rfind("; then"));
+  std::filesystem::rename(out, dir / "rest.qn");
+
+  o = {}, o.threads = 2, o.rest = DType::INT8;
+  requantize(dir / "old.qn", out, o);
+  CHECK(!QnFile::open(out).find("mtp.head"));
+  o.draft = DType::INT4;
+  requantize(dir / "old.qn", out, o);
+  check(s.values.at("head"), DType::INT4);
+  {  // from an INT8 head
+    const QnFile f = QnFile::open(dir / "rest.qn");
+    Floats rounded(static_cast<size_t>(kV * kD));
+    const Tensor head = weight(f.data(*f.find("head")).data(), DType::INT8, kV, kD, 64);
+    for (int64_t i = 0; i < kV; i++) decode_row(head, i, std::span(rounded).subspan(static_cast<size_t>(i * kD), kD));
+    requantize(dir / "rest.qn", out, o);
+    check(rounded, DType::INT4);
+  }
+
+  const Source tied = write_source(dir / "tied.qn", DType::BF16, 0, false, {norm});
+  requantize(dir / "tied.qn", out, o);
+  check(tied.values.at("embed"), DType::INT4);
+  CHECK(QnFile::open(out).find("head")->dtype == DType::INT8);
+  write_source(dir / "four.qn", DType::BF16, 0, true, {norm, described("mtp.head", DType::INT4, {kV, kD}, 32)});
+  requantize(dir / "four.qn", out, o);
+  same(dir / "four.qn");
+  write_source(dir / "none.qn", DType::BF16, 0);  // no layer that predicts
+  requantize(dir / "none.qn", out, o);
+  CHECK(!QnFile::open(out).find("mtp.head"));
 }

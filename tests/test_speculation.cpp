@@ -12,6 +12,7 @@
 #include <map>
 
 #include "cuda/cuda.h"
+#include "ggml-lite/core/loader.h"
 #include "ggml-lite/nn/draft.h"
 #include "qnext.h"
 #include "tests/models.h"
@@ -277,6 +278,74 @@ static void from_text(const char* device, const char* act) {
   MESSAGE(std::string(device), ": from the text ", count.accepted, " of ", count.drafted, " guesses right");
   CHECK(count.drafted > 0);
   CHECK(count.accepted > 0);
+}
+
+// A head for guesses changes how many are right, and nothing else, whatever it holds
+static void own_head(const char* device, const char* act, int texts) {
+  const std::string folder = TestModels::get().folder().string(), none = folder + "/head-none.qn", wrong = folder + "/head-wrong.qn";
+  const auto made = [&](DType draft) {
+    qn::ConvertOptions c;
+    c.recipe.experts = DType::BF16, c.recipe.draft = draft, c.threads = 2;
+    const std::string path = folder + "/head-" + qn::name(draft) + ".qn";
+    qn::convert_folder(TestModels::get().source("stories"), path, c);
+    return path;
+  };
+  const std::string eight = made(DType::INT8), four = made(DType::INT4);
+  qn::copy_file(eight, none, "mtp.head");  // as files were before there was one
+  {
+    const qn::QnFile f = qn::QnFile::open(eight);
+    const qn::QnTensor& t = *f.find("mtp.head");
+    std::vector<uint8_t> bytes(f.data(t).begin(), f.data(t).end());
+    const size_t panel = bytes.size() / static_cast<size_t>(qn::t16_panels(t.shape[0]));
+    std::ranges::rotate(bytes, bytes.begin() + static_cast<std::ptrdiff_t>(panel));  // every token's row is another's
+    qn::copy_file(eight, wrong, "mtp.head", &t, bytes);
+  }
+  Engine one = Engine::open(none, options(device, act, 0));
+  Session plain(one);
+  std::map<std::string, double> right;
+  for (const std::string& path : {none, eight, four, wrong}) {
+    Engine e = Engine::open(path, options(device, act, 1));
+    CHECK(e.info().bytes_per_token == one.info().bytes_per_token);
+    Session s(e);
+    s.speculate(1);
+    Count count;
+    for (const float temperature : {0.f, 1.f})
+      for (const std::string& text : beginnings(texts)) same(plain, s, one.tokenize(text, false), params(60, temperature, 5), &count);
+    right[path] = static_cast<double>(count.accepted) / static_cast<double>(count.drafted);
+    MESSAGE(std::string(device), ", ", path.substr(folder.size() + 1), ": ", count.accepted, " of ", count.drafted, " first guesses right");
+  }
+  CHECK(right[eight] > right[none] - 0.01);
+  CHECK(right[four] > right[none] - 0.1);  // ties: see Recipe
+  CHECK(right[wrong] < 0.1);
+}
+
+TEST_CASE("drafts: a head of their own changes no text") { own_head("cpu", "int8", 12); }
+TEST_CASE("CUDA: drafts: a head of their own changes no text") {
+  if (no_gpu()) return;
+  own_head("cuda", "bf16", 40);
+}
+
+TEST_CASE("drafts: a head of their own is planned where they are made, and has to be what it should") {
+  const std::string path = TestModels::get().path("stories"), other = (TestModels::get().folder() / "other.qn").string();
+  const qn::QnFile file = qn::QnFile::open(path);
+  qn::QnTensor t = *file.find("mtp.head");
+  qn::copy_file(path, other, "mtp.head");
+  const int layers = Engine::open(path, options("cpu", "int8", 0)).info().layers;
+  const auto back = [&](const qn::QnFile& f, bool mtp) { return qn::placed_bytes(f, layers, mtp, false).back; };
+  {
+    const qn::QnFile without = qn::QnFile::open(other);
+    CHECK(back(file, false) == back(without, false));
+    CHECK(back(file, true) == back(without, true) + static_cast<uint64_t>(qn::round_up(static_cast<int64_t>(t.bytes), qn::Device::kPlaceAlign)));
+  }
+  const auto refused = [&](const char* got) {
+    const std::vector<uint8_t> bytes(qn::stored_bytes(t));
+    qn::copy_file(path, other, "mtp.head", &t, bytes);
+    for (const int draft : {0, 1}) CHECK_THROWS_WITH_AS(Engine::open(other, options("cpu", "int8", draft)), doctest::Contains(got), Error);
+  };
+  t.shape[0] -= 16;
+  refused("mtp.head: expected int8 or int4 (2048, 256), got int8 g128 (2032, 256)");
+  t.shape[0] += 16, t.dtype = DType::BF16, t.group = 0;
+  refused("got bf16 (2048, 256)");
 }
 
 TEST_CASE("drafts: without the layer, from the text") { from_text("cpu", "int8"); }

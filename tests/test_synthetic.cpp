@@ -29,7 +29,7 @@ TEST_CASE("synthetic: the same bytes from any number of threads, nothing twice, 
   REQUIRE(c.vocab * c.width > kBlockValues);
   SyntheticOptions o;
   for (const DType experts : {DType::INT4, DType::INT8, DType::BF16}) {
-    o.convert.recipe = {experts, experts == DType::BF16 ? DType::BF16 : DType::INT8, 0};
+    o.convert.recipe = {experts, experts == DType::BF16 ? DType::BF16 : DType::INT8, 0, experts == DType::BF16 ? DType::INT8 : DType::INT4};
     o.convert.threads = 1;
     write_synthetic(c, dir / "a.qn", o);
     o.convert.threads = 3;
@@ -71,7 +71,7 @@ TEST_CASE("synthetic: the same bytes from any number of threads, nothing twice, 
       } else if (t.shape.size() == 2 && !t.name.ends_with("conv")) {
         const double k = static_cast<double>(t.shape[1]);
         const double gain = t.name == "embed"          ? std::sqrt(k)
-                            : t.name == "head"         ? 2
+                            : t.name.ends_with("head") ? 2
                             : t.name.ends_with("qkvz") ? 0.3
                             : t.name.ends_with("ba")   ? 0.4
                             : t.name.ends_with("attn.out") || t.name.ends_with("shared_down") || t.name.ends_with("shared_gate") ? 0.5
@@ -92,6 +92,7 @@ TEST_CASE("synthetic: the same bytes from any number of threads, nothing twice, 
         }
       }
     }
+    CHECK(f.find("mtp.head")->dtype == o.convert.recipe.draft);
     CHECK(rows.size() == count);
     CHECK(count > 3 * 24 * (2 * 160 + 96));
 

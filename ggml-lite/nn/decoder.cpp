@@ -170,7 +170,7 @@ void Decoder::layer_rows(const Tensor& hidden, const Tensor& ids, int guess_at) 
   if (!guess_at) return;
   const Tensor logits = m_.logits.slice(m_.rows(), 1);
   NormMatmulArgs h;
-  h.h = x.slice(n - 1, 1), h.norm = m_.mtp.norm, h.eps = m_.eps, h.act = m_.act, h.w = m_.head, h.y = logits, h.normed = guessed_;
+  h.h = x.slice(n - 1, 1), h.norm = m_.mtp.norm, h.eps = m_.eps, h.act = m_.act, h.w = m_.mtp.head, h.y = logits, h.normed = guessed_;
   d_.norm_matmul(h);
   if (m_.chooser) m_.chooser->guess(logits, stage_.ids.slice(guess_at, 1), step_);
 }

@@ -46,7 +46,6 @@ struct DecoderModel {
   Tensor hidden;                                      // (R, D); R: most tokens of a pass
   Tensor logits;                                      // (> R, V): of the pass, then of a guess
   Tensor embedded, x;                                 // (>= R, D) scratch
-  Tensor head;
   MultiTokenWeights mtp;
   float eps = 1e-6f;
   Act act = Act::F32;

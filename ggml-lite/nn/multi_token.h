@@ -9,6 +9,7 @@ struct MultiTokenWeights {
   Tensor norm_embed, norm_hidden;   // (D) 1+w folded
   Tensor fc;                        // (D, 2D)
   Tensor norm;                      // (D), behind the layer
+  Tensor head;                      // (V, D), for guesses: the model's, or a copy in fewer bits
 };
 
 // ids (T), hidden (T, D) -> x (T, D); embedded (T, D) is scratch
