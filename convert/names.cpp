@@ -143,7 +143,7 @@ std::vector<Target> model_layout(const ModelConfig& c, const LayoutOptions& opti
     b.plain("mtp.fc", DType::BF16, c.width, 2 * c.width, "mtp.fc.weight");
     b.layer("mtp.layer.", "mtp.layers.0.", true);
     b.vector("mtp.norm", c.width, Fold::OnePlus, "mtp.norm.weight");
-    if (has_draft_head(options.recipe, c.vocab, c.width, head_bytes)) b.plain("mtp.head", options.recipe.draft, c.vocab, c.width, head);
+    if (has_draft_head(options.recipe, c.vocab, c.width, head_bytes)) b.plain("mtp.head", draft_format(options.recipe, c.vocab, c.width), c.vocab, c.width, head);
   }
   std::vector<Target> all = std::move(b.dense);
   for (Target& t : b.experts) all.push_back(std::move(t));

@@ -21,9 +21,12 @@
 
 namespace qn::cuda {
 
-// Throws Error "cuda: <what>: <name of the error> (<its text>)".
+// Throws Error "cuda:0: <what>: <name of the error> (<its text>)".
 inline void check(cudaError_t e, const char* what) {
-  if (e != cudaSuccess) fail("cuda: %s: %s (%s)", what, cudaGetErrorName(e), cudaGetErrorString(e));
+  if (e == cudaSuccess) return;
+  int device = -1;
+  cudaGetDevice(&device);
+  fail("cuda:%d: %s: %s (%s)", device, what, cudaGetErrorName(e), cudaGetErrorString(e));
 }
 
 // Launches `kernel` on the context's stream, after the kernels before it (overlapping where the context says so).

@@ -261,7 +261,7 @@ __device__ __forceinline__ void multiply(float (&total)[4], const uint8_t* unit,
 }
 
 // x of all tokens into shared memory: rounded, in the order of the fragments; with exact rows unrounded too.
-template <DType W, Act A, bool Quick>
+template <DType W, Act A, bool Quick, bool One>
 __device__ __forceinline__ void prologue(const Matvec& m, uint8_t* shared) {
   uint16_t* x = reinterpret_cast<uint16_t*>(shared + m.x);                 // (T, x_stride)
   float* x_scale = reinterpret_cast<float*>(shared + m.x_scale);           // (T, groups of 128)
@@ -281,8 +281,9 @@ __device__ __forceinline__ void prologue(const Matvec& m, uint8_t* shared) {
     if constexpr (as_half(W, A)) {
       const uint32_t lo = pack_bf16(v.x, v.y), hi = pack_bf16(v.z, v.w);
       v = {bf16_lo(lo), bf16_hi(lo), bf16_lo(hi), bf16_hi(hi)};
-      const float most = warp_max(fmaxf(fmaxf(fabsf(v.x), fabsf(v.y)), fmaxf(fabsf(v.z), fabsf(v.w))));
-      const uint32_t e = max(__float_as_uint(most) >> 23, 15u);  // 2^(e - 127) is at most `most`; of tiny numbers more
+      const float mine = fmaxf(fmaxf(fabsf(v.x), fabsf(v.y)), fmaxf(fabsf(v.z), fabsf(v.w)));
+      const uint32_t most = __reduce_max_sync(0xffffffffu, __float_as_uint(mine));  // as numbers, which are not negative, so their bits
+      const uint32_t e = max(most >> 23, 15u);                                      // 2^(e - 127) is at most that; of tiny numbers more
       const float up = __uint_as_float((268 - e) << 23);         // 2^(14 - (e - 127))
       v = {v.x * up, v.y * up, v.z * up, v.w * up};
       *reinterpret_cast<uint2*>(to + k) = {pack_half(v.x, v.y), pack_half(v.z, v.w)};
@@ -302,7 +303,7 @@ __device__ __forceinline__ void prologue(const Matvec& m, uint8_t* shared) {
     }
   };
   float* squares = reinterpret_cast<float*>(shared + m.squares);
-  if constexpr (Quick) quick_quads(m.in, squares, sink);
+  if constexpr (Quick) quick_quads<One>(m.in, squares, sink);
   else for_each_quad(m.in, squares, reinterpret_cast<float*>(shared + m.inverse), sink);
 }
 static_assert(int4_position(6) == int4_position(4) + 1 && int4_position(5) == int4_position(4) + 4 && int4_position(7) == int4_position(4) + 5);
@@ -355,7 +356,7 @@ __global__ void __launch_bounds__(kThreads, 2) matvec_k(const __grid_constant__ 
   prefetch_norms(m.in);
   if (threadIdx.x < 3) prefetch_l2(threadIdx.x == 0 || (threadIdx.x == 1 && !m.in.b) ? m.in.a : threadIdx.x == 1 ? m.in.b : m.y);
   wait_for_previous();
-  prologue<W, A, Quick>(m, shared);
+  prologue<W, A, Quick, One>(m, shared);
   sync_matvec();
 
   const int tid = static_cast<int>(threadIdx.x), lane = tid % 32, g = lane / 4, t = lane % 4, tokens = One ? 1 : m.in.tokens;

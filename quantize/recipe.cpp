@@ -77,8 +77,10 @@ int largest_group(int64_t k, const std::string& what) {
   fail("%s: %lld columns are no multiple of 32, so int8 and int4 cannot store it; use bf16", what.c_str(), static_cast<long long>(k));
 }
 
+DType draft_format(const Recipe& r, int64_t v, int64_t d) { return r.draft ? *r.draft : v * d >= 1 << 25 ? DType::INT4 : DType::INT8; }
+
 bool has_draft_head(const Recipe& r, int64_t v, int64_t d, uint64_t bytes) {
-  return d > 0 && d % 32 == 0 && static_cast<uint64_t>(weight_bytes(r.draft, v, d, largest_group(d, "mtp.head"))) < bytes;
+  return d > 0 && d % 32 == 0 && static_cast<uint64_t>(weight_bytes(draft_format(r, v, d), v, d, largest_group(d, "mtp.head"))) < bytes;
 }
 
 int expert_group(const Recipe& r, int64_t d, int64_t f) {

@@ -175,7 +175,7 @@ void Requantizer::plan() {
     notes_.push_back("note: mtp.head is left out, for the head itself is as small now");
     jobs_.erase(draft);
   } else if (draft == jobs_.end() && job("mtp.norm") != jobs_.end() && has_draft_head(recipe, head.shape[0], head.shape[1], bytes)) {
-    make("mtp.head", recipe.draft, "mtp.norm");
+    make("mtp.head", draft_format(recipe, head.shape[0], head.shape[1]), "mtp.norm");
   }
 }
 

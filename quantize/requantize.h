@@ -14,7 +14,7 @@ namespace qn {
 struct RequantizeOptions {
   std::optional<DType> experts, rest;  // not given: as in the input
   int group = 0;                       // of INT4 experts; 0: as in the input if that is INT4, else the largest that divides
-  DType draft = Recipe().draft;        // of the head for guesses where one is made
+  std::optional<DType> draft;          // of the head for guesses where one is made
   ScaleSearch search = ScaleSearch::LeastSquares;
   int threads = 0;                // 0: all
   bool allow_requantize = false;  // INT4 experts may be decoded and stored in another group

@@ -287,9 +287,9 @@ void check_file(const std::string& qn, const std::string& folder, const ConvertO
     CHECK(std::equal(want.begin(), want.end(), got.begin(), got.end()));
     const bool rest = t.name == "head" || t.name.ends_with("qkvz") || t.name.ends_with("qgkv") || t.name.ends_with(".out") ||
                       t.name.ends_with("shared_gate_up") || t.name.ends_with("shared_down");
-    CHECK(t.dtype == (t.experts ? o.recipe.experts : t.name == "mtp.head" ? o.recipe.draft : rest ? o.recipe.rest : t.shape.size() == 1 ? DType::F32 : DType::BF16));
+    CHECK(t.dtype == (t.experts ? o.recipe.experts : t.name == "mtp.head" ? draft_format(o.recipe, c.vocab, c.width) : rest ? o.recipe.rest : t.shape.size() == 1 ? DType::F32 : DType::BF16));
   }
-  CHECK(names == wanted_names(c, mtp, !c.tied || o.recipe.rest != DType::BF16, o.recipe.rest != o.recipe.draft));
+  CHECK(names == wanted_names(c, mtp, !c.tied || o.recipe.rest != DType::BF16, o.recipe.rest != draft_format(o.recipe, c.vocab, c.width)));
   file.verify(1);
 }
 

@@ -292,3 +292,26 @@ TEST_CASE("CUDA: nothing to choose, and infinite logits") {
       }
   }
 }
+
+// Leaves the GPU unusable to the process, so it runs by itself
+TEST_CASE("CUDA fault by hand: it is reported in one line that names the device" * doctest::skip()) {
+  const auto gpus = list_cuda_devices();
+  REQUIRE(!gpus.empty());
+  const auto device = make_cuda_device(static_cast<int>(gpus.size()) - 1);
+  const Buffer ids = device->alloc(sizeof(int32_t), "ids"), h = device->alloc(64 * sizeof(float), "h");
+  const int32_t zero = 0;
+  device->upload(ids.data(), &zero, sizeof zero);
+  EmbedArgs a;
+  a.ids = view(ids.data(), DType::I32, 1), a.h = view(h.data(), DType::F32, 1, 64);
+  a.table = view(reinterpret_cast<void*>(uintptr_t{1} << 52), DType::BF16, 16, 64);  // no memory of anybody
+  std::string said;
+  try {
+    device->embed(a);
+    device->sync();
+  } catch (const Error& e) {
+    said = e.what();
+  }
+  MESSAGE(said);
+  CHECK(said.starts_with("cuda:" + std::to_string(gpus.size() - 1)));
+  CHECK(said.find('\n') == std::string::npos);
+}

@@ -389,6 +389,8 @@ TEST_CASE("recipe") {
   CHECK(largest_group(96, "x") == 32);
   CHECK_THROWS_AS(largest_group(40, "x"), Error);
   CHECK_THROWS_AS(largest_group(0, "x"), Error);
+  CHECK(draft_format({}, 151936, 2048) == DType::INT4);
+  CHECK(draft_format({}, 4096, 512) == DType::INT8);
   for (const DType draft : {DType::INT8, DType::INT4}) {
     Recipe r;
     r.draft = draft;

@@ -92,7 +92,7 @@ TEST_CASE("synthetic: the same bytes from any number of threads, nothing twice, 
         }
       }
     }
-    CHECK(f.find("mtp.head")->dtype == o.convert.recipe.draft);
+    CHECK(f.find("mtp.head")->dtype == draft_format(o.convert.recipe, f.find("mtp.head")->shape[0], f.find("mtp.head")->shape[1]));
     CHECK(rows.size() == count);
     CHECK(count > 3 * 24 * (2 * 160 + 96));
 

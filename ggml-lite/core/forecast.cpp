@@ -8,10 +8,12 @@
 namespace qn {
 
 constexpr double kGpuReads = 0.87, kOperation = 2.3e-6, kCpuReads = 0.7, kHostReads = 0.65, kRequest = 17e-6;
+constexpr double kMostRead = 3.05e12, kPageable = 8e9;
 constexpr double kBytesPerToken = 90e6, kTokensPerThread = 22;
 
 Forecast forecast(std::span<const ForecastPart> parts, int ubatch, const HostPlan& with, const Speeds& s) {
   Forecast f;
+  const double gpu = std::min(s.gpu, kMostRead);
   double token = 0, bound = 0, stream = 0, slowest = 0;
   int layers = 0;
   for (const ForecastPart& p : parts) layers += p.layers;
@@ -21,7 +23,7 @@ Forecast forecast(std::span<const ForecastPart> parts, int ubatch, const HostPla
     const double fetched = missed > 0 && p.fetch_percent > 0 && with.pinned ? std::min(missed, std::max(1.0, missed * p.fetch_percent / 100)) : 0;
     const double here = static_cast<double>(p.rest_bytes) + n * (chosen - missed) * record;
     const double disk = s.disk > 0 ? with.from_disk / s.disk : 0;  // seconds a byte
-    const double device = p.gpu ? here / (kGpuReads * s.gpu) + p.operations * kOperation : here / (kCpuReads * s.host) + n * chosen * record * disk;
+    const double device = p.gpu ? here / (kGpuReads * gpu) + p.operations * kOperation : here / (kCpuReads * s.host) + n * chosen * record * disk;
     const double bus = n * fetched * record / s.bus, host = n * ((missed - fetched) * record * (1 / (kHostReads * s.host) + disk) + (missed > 0 ? kRequest : 0));
     const double missing = n * missed * record / s.host, others = n * (chosen - missed) * record / (p.gpu ? s.gpu : s.host);
     bound += std::max(missing, others) + static_cast<double>(p.rest_bytes) / (p.gpu ? s.gpu : s.host);
@@ -29,16 +31,16 @@ Forecast forecast(std::span<const ForecastPart> parts, int ubatch, const HostPla
     if (missed > 0) f.seconds[1] += bus, f.seconds[2] += host;
     token += device + (missed > 0 ? std::max(bus, host) : 0);
     f.misses += missed * n / layers;
-    const double each = p.gpu ? kBytesPerToken / s.gpu * n / layers : 1 / (kTokensPerThread * with.threads) * n / layers;  // seconds a token computes here
+    const double each = p.gpu ? kBytesPerToken / gpu * n / layers : 1 / (kTokensPerThread * with.threads) * n / layers;  // seconds a token computes here
     slowest = std::max(slowest, each);
-    if (p.slots) stream += n * (p.experts - p.slots) * record * (1 / s.bus + disk);
+    if (p.slots) stream += n * (p.experts - p.slots) * record * (1 / (with.pinned ? s.bus : std::min(s.bus, kPageable)) + disk);
     if (!p.gpu) stream += n * p.experts * record * disk;
   }
   f.decode = 1 / token, f.bound = 1 / bound;
   for (int i = 0; i < 2; i++) {
     const int prompt = i ? 8192 : 2048, passes = (prompt + ubatch - 1) / ubatch;
     double compute = 0;
-    for (const ForecastPart& p : parts) compute += (p.gpu ? kBytesPerToken / s.gpu : 1 / (kTokensPerThread * with.threads)) * p.layers / layers * std::min(prompt, ubatch);
+    for (const ForecastPart& p : parts) compute += (p.gpu ? kBytesPerToken / gpu : 1 / (kTokensPerThread * with.threads)) * p.layers / layers * std::min(prompt, ubatch);
     compute += (prompt - std::min(prompt, ubatch)) * slowest;  // the passes behind the first follow in a pipeline
     f.prefill[i] = prompt / std::max(compute, passes * stream);
   }
