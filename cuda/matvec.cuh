@@ -180,32 +180,28 @@ inline bool quick_shape(const Input& in) {
                                              (in.mix == Mix::GatedNorm && in.span == 128));
 }
 
-// As for_each_quad. squares: room for 16. One: there is one token, and no loop around what is to be over soonest (3 % of decoding with INT8
-// weights). To have the loads of several tokens under way at once makes their kernels slower, by their size (measured).
-template <bool One, class Sink>
+// As for_each_quad. squares: room for 16.
+template <class Sink>
 __device__ __forceinline__ void quick_quads(const Input& in, float* squares, Sink sink) {
-  constexpr int kQuads = 4;
-  const int tid = static_cast<int>(threadIdx.x), lane = tid % 32, warp = tid / 32, tokens = One ? 1 : in.tokens;
+  const int tid = static_cast<int>(threadIdx.x), lane = tid % 32, warp = tid / 32;
   const bool gates = in.mix == Mix::GatedNorm || in.mix == Mix::Gate;
   const float4 head = in.mix == Mix::GatedNorm ? load4(in.w + 4 * lane) : float4{1, 1, 1, 1};
   auto square = [](float4 v) { return fmaf(v.x, v.x, fmaf(v.y, v.y, fmaf(v.z, v.z, v.w * v.w))); };  // all instances round alike
-  auto in_k = [&](int c) { return 1024 * c + 128 * warp < in.k; };
-  float4 norm[kQuads];
-#pragma unroll
-  for (int c = 0; c < kQuads; c++) norm[c] = in.mix == Mix::Norm && in_k(c) ? load4(in.w + 4 * tid + 1024 * c) : float4{};
 #pragma unroll 1
-  for (int t = 0; t < tokens; t++) {
-    const float *a = in.a + t * in.lda + 4 * tid, *b = in.b + t * in.ldb + 4 * tid;
-    float4 v[kQuads], gate[kQuads];
-    float r[kQuads] = {1, 1, 1, 1};
+  for (int t = 0; t < in.tokens; t++) {
+    const float* a = in.a + t * in.lda + 4 * tid;
+    const float* b = (gates ? in.b + t * in.ldb : in.w) + 4 * tid;
+    float4 v[4], s[4];
+    float r[4] = {1, 1, 1, 1};
 #pragma unroll
-    for (int c = 0; c < kQuads; c++) {
-      v[c] = in_k(c) ? load4(a + 1024 * c) : float4{};
-      gate[c] = gates && in_k(c) ? load4(b + 1024 * c) : float4{};
+    for (int c = 0; c < 4; c++) {
+      const bool in_k = 1024 * c + 128 * warp < in.k;
+      v[c] = in_k ? load4(a + 1024 * c) : float4{};
+      s[c] = in_k && in.mix != Mix::Plain ? load4(b + 1024 * c) : float4{};
     }
     if (in.mix == Mix::GatedNorm) {
 #pragma unroll
-      for (int c = 0; c < kQuads; c++) r[c] = rsqrtf(warp_sum(square(v[c])) * (1.f / 128) + in.eps);
+      for (int c = 0; c < 4; c++) r[c] = rsqrtf(warp_sum(square(v[c])) * (1.f / 128) + in.eps);
     } else if (in.mix == Mix::Norm) {
       const float q = warp_sum(square(v[0]) + square(v[1]) + square(v[2]) + square(v[3]));
       float* mine = squares + t % 2 * 8;  // the other half may still be read
@@ -217,16 +213,16 @@ __device__ __forceinline__ void quick_quads(const Input& in, float* squares, Sin
       r[0] = r[1] = r[2] = r[3] = rsqrtf(all / static_cast<float>(in.k) + in.eps);
     }
 #pragma unroll
-    for (int c = 0; c < kQuads; c++) {
-      if (!in_k(c)) break;
+    for (int c = 0; c < 4; c++) {
+      if (1024 * c + 128 * warp >= in.k) break;
       float4 x = v[c];
       if (gates) {
-        const float4 s = gate[c], z = in.mix == Mix::GatedNorm ? s : float4{1, 1, 1, 1};
         const float y = in.mix == Mix::GatedNorm ? r[c] : 1.f;
-        x.x *= y * head.x * (z.x * sigmoid(s.x)), x.y *= y * head.y * (z.y * sigmoid(s.y));
-        x.z *= y * head.z * (z.z * sigmoid(s.z)), x.w *= y * head.w * (z.w * sigmoid(s.w));
+        const float4 z = in.mix == Mix::GatedNorm ? s[c] : float4{1, 1, 1, 1};
+        x.x *= y * head.x * (z.x * sigmoid(s[c].x)), x.y *= y * head.y * (z.y * sigmoid(s[c].y));
+        x.z *= y * head.z * (z.z * sigmoid(s[c].z)), x.w *= y * head.w * (z.w * sigmoid(s[c].w));
       } else if (in.mix == Mix::Norm) {
-        x.x *= r[c] * norm[c].x, x.y *= r[c] * norm[c].y, x.z *= r[c] * norm[c].z, x.w *= r[c] * norm[c].w;
+        x.x *= r[c] * s[c].x, x.y *= r[c] * s[c].y, x.z *= r[c] * s[c].z, x.w *= r[c] * s[c].w;
       }
       sink(t, 1024 * c + 4 * tid, x);
     }

@@ -1,6 +1,7 @@
 // How fast a plan will be, from bandwidths measured now: a pure function. What is assumed besides was measured (one H100, 16 cores of a Xeon):
 //
-//   decode   a GPU reads at 0.87 of what a plain read does, 3.05 TB/s of it at most (an H200 is no faster than an H100), and an operation takes 2.3 us besides; a CPU at 0.7 of that
+//   decode   a GPU reads at 0.87 of what a plain read does, of which more than 3.05 TB/s do not help (an H200 is no faster than an H100), and an
+//            operation takes 2.3 us besides; a CPU reads at 0.7 of that
 //            experts that are not on the GPU, in every layer: the host reads at 0.65 of that and the bus at its own pace, at the same time;
 //            17 us for the request and its answer; those that memory does not hold come from the disk first, as they do to a CPU alone
 //   prefill  a GPU computes as many tokens a second as it reads 90 MB of; all records without a slot come over the bus once a pass, while
