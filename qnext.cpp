@@ -503,8 +503,9 @@ Outlook Engine::Impl::outlook() const {
   Outlook o{plan, {gpu ? first.read_bandwidth(0) : 0, first.bus_bandwidth(), qn::cpu_read_bandwidth(host.threads), held > room ? qn::disk_bandwidth(file.path()) : 0}, {}, {}};
   const qn::Experts one = file.experts("layers.0.moe.experts", model.info.experts, model.info.width, model.info.expert_width);
   std::vector<qn::ForecastPart> of;
+  const double work = (model.info.chosen * 1.0 * model.info.expert_width + model.info.shared_width) * model.info.width / qn::kReferenceLayer;
   for (const Part& p : parts)
-    of.push_back({p.device->memory() > 0, p.end - p.begin, 6 * (p.end - p.begin) + 2, p.read, static_cast<uint64_t>(one.layout().stride), one.count, model.info.chosen, p.slots, options.fetch});
+    of.push_back({p.device->memory() > 0, p.end - p.begin, 6 * (p.end - p.begin) + 2, p.read, static_cast<uint64_t>(one.layout().stride), one.count, model.info.chosen, p.slots, options.fetch, work});
   o.forecast = qn::forecast(of, plan.ubatch, host, o.speeds);
   o.advice = qn::best_change(of, plan.ubatch, host, o.speeds, {plan.kv, plan.ctx, kv_type == DType::BF16, file.find("layers.0.moe.shared_down")->dtype == DType::BF16});
   return o;

@@ -113,6 +113,12 @@ refused 1 "own.png is read by this run" "$bin/qnext-bench" -m "$tmp/own.qn" --de
 same "a model named as the chart" "" "$(cmp "$m" "$tmp/own.qn" 2>&1)"
 rm "$tmp/own.qn" "$tmp/own.png"
 "$cli" --list-devices >"$tmp/out" && has "devices" "^ref" "$tmp/out"
+"$cli" -m "$m" --device cpu,cpu --plan >"$tmp/out" 2>"$tmp/err" </dev/null
+same "exit code of --plan" 0 $?
+same "stderr of --plan" "" "$(cat "$tmp/err")"
+for line in "layers 0 to 4: weights" "layers 5 to 7: weights" "^context  *[1-9]" "^measured  *memory of the host" "^decode  *about [1-9]" "^prefill  *about [1-9]"; do
+  has "--plan" "$line" "$tmp/out"
+done
 "$cli" -m "$m" --info >"$tmp/out" && has "info" "^layers  *8$" "$tmp/out"
 
 # ---- one answer: only its words on stdout, nothing else anywhere

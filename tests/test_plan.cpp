@@ -282,6 +282,13 @@ TEST_CASE("forecast: a CPU alone, and with a file larger than its memory") {
   CHECK(forecast(std::span(&p, 1), 512, {16, false, 0.2}, kSpeeds).prefill[0] < forecast(std::span(&p, 1), 512, {16}, kSpeeds).prefill[0]);
 }
 
+TEST_CASE("forecast: a smaller model takes a prompt faster, by its work and its layers") {
+  ForecastPart p = forecast_part(0);
+  const double whole = forecast(std::span(&p, 1), 8192, {16}, kSpeeds).prefill[1];
+  p.layers = 8, p.work = 0.5;
+  CHECK(forecast(std::span(&p, 1), 8192, {16}, kSpeeds).prefill[1] == doctest::Approx(12 * whole));
+}
+
 TEST_CASE("forecast: the change that helps most, or none") {
   const ForecastPart p = forecast_part(128), whole = forecast_part(0);
   CHECK(best_change(std::span(&p, 1), 4096, {16}, kSpeeds, {kGiB, 4096, false, true}).starts_with("a file made with --rest int8"));

@@ -14,6 +14,9 @@ constexpr double kBytesPerToken = 90e6, kTokensPerThread = 22;
 Forecast forecast(std::span<const ForecastPart> parts, int ubatch, const HostPlan& with, const Speeds& s) {
   Forecast f;
   const double gpu = std::min(s.gpu, kMostRead);
+  const auto seconds_of = [&](const ForecastPart& p) {  // a token of a long prompt
+    return (p.gpu ? kBytesPerToken / gpu : 1 / (kTokensPerThread * with.threads)) * p.work * p.layers / kReferenceLayers;
+  };
   double token = 0, bound = 0, stream = 0, slowest = 0;
   int layers = 0;
   for (const ForecastPart& p : parts) layers += p.layers;
@@ -31,7 +34,7 @@ Forecast forecast(std::span<const ForecastPart> parts, int ubatch, const HostPla
     if (missed > 0) f.seconds[1] += bus, f.seconds[2] += host;
     token += device + (missed > 0 ? std::max(bus, host) : 0);
     f.misses += missed * n / layers;
-    const double each = p.gpu ? kBytesPerToken / gpu * n / layers : 1 / (kTokensPerThread * with.threads) * n / layers;  // seconds a token computes here
+    const double each = seconds_of(p);
     slowest = std::max(slowest, each);
     if (p.slots) stream += n * (p.experts - p.slots) * record * (1 / (with.pinned ? s.bus : std::min(s.bus, kPageable)) + disk);
     if (!p.gpu) stream += n * p.experts * record * disk;
@@ -40,7 +43,7 @@ Forecast forecast(std::span<const ForecastPart> parts, int ubatch, const HostPla
   for (int i = 0; i < 2; i++) {
     const int prompt = i ? 8192 : 2048, passes = (prompt + ubatch - 1) / ubatch;
     double compute = 0;
-    for (const ForecastPart& p : parts) compute += (p.gpu ? kBytesPerToken / gpu : 1 / (kTokensPerThread * with.threads)) * p.layers / layers * std::min(prompt, ubatch);
+    for (const ForecastPart& p : parts) compute += seconds_of(p) * std::min(prompt, ubatch);
     compute += (prompt - std::min(prompt, ubatch)) * slowest;  // the passes behind the first follow in a pipeline
     f.prefill[i] = prompt / std::max(compute, passes * stream);
   }

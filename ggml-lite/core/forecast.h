@@ -31,7 +31,10 @@ struct ForecastPart {  // of one device
   int experts = 0, chosen = 0;
   int slots = 0;                 // 0: all experts are on the device
   int fetch_percent = 0;
+  double work = 1;               // of a token in a layer, in that of kReferenceLayer
 };
+constexpr int kReferenceLayers = 48;                      // what prefill was measured with:
+constexpr double kReferenceLayer = (10 * 512 + 512.0) * 2048;  // (chosen experts and the shared one, their width) x width of the model
 struct Forecast {
   double decode = 0;              // at short depth
   double prefill[2] = {};         // of prompts of 2048 and 8192 tokens
