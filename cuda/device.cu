@@ -377,13 +377,13 @@ class CudaDevice final : public Device {
   }
 
   double bus_bandwidth() override {
-    constexpr size_t kBytes = 256 << 20;
+    constexpr size_t kBytes = 32 << 20;  // there may be little room left
     make_current();
+    const Buffer there = alloc(kBytes, "measuring the bus");
     void* host = nullptr;
     check(cudaHostAlloc(&host, kBytes, cudaHostAllocDefault), "measuring the bus");
-    const Buffer there = alloc(kBytes, "measuring the bus");
     double best = 0;
-    for (int i = 0; i < 3; i++) {
+    for (int i = 0; i < 8; i++) {
       sync();
       const auto start = std::chrono::steady_clock::now();
       check(cudaMemcpyAsync(there.data(), host, kBytes, cudaMemcpyHostToDevice, context_.stream), "measuring the bus");
