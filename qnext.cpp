@@ -421,7 +421,7 @@ static Plan make_plan(const QnFile& file, const Model& m, const Options& o, DTyp
   for (size_t i = 0; i < parts.size(); i++) {
     const qn::MemoryPlan& p = memory[i];
     plan.device += (i ? " + " : "") + requests[i].device;
-    plan.devices.push_back({requests[i].device, parts[i].begin, parts[i].end, p.weights, p.kv, p.state, p.scratch, p.slots, p.host, budgets[i]});
+    plan.devices.push_back({requests[i].device, parts[i].begin, parts[i].end, p.weights, p.kv, p.state, p.scratch, p.slots, budgets[i]});
     parts[i].placed = p.placed, parts[i].slots = p.slots;
     plan.ctx = p.ctx, plan.ubatch = p.ubatch;
     plan.weights += p.weights, plan.kv += p.kv, plan.state += p.state, plan.scratch += p.scratch, plan.budget += budgets[i], plan.host += p.host;

@@ -93,7 +93,6 @@ struct DevicePlan {
   int begin, end;                        // its layers: [begin, end)
   uint64_t weights, kv, state, scratch;  // bytes
   int slots;                             // experts of every layer that are on it at a time, the others in memory of the host; 0: all
-  uint64_t host;                         // experts in memory of the host, those in slots, too; 0 when all are on it
   uint64_t budget;                       // devices that share memory have an equal share of it each
 };
 struct Plan {
@@ -102,7 +101,7 @@ struct Plan {
   int ctx, ubatch;
   uint64_t weights, kv, state, scratch;  // bytes; weights are mapped on the CPU, copied to a GPU
   uint64_t budget;                       // what may be used: memory of the process, or free memory of the GPU
-  uint64_t host;                         // experts in memory of the host
+  uint64_t host;                         // experts in memory of the host, those in slots, too; 0 when all are on GPUs
   bool pinned;                           // there is memory to pin them, so that GPUs can fetch them
   uint64_t ram;                          // what may be used of memory of the host
   std::vector<DevicePlan> devices;       // in the order of their layers; what is above is their sum

@@ -294,7 +294,7 @@ TEST_CASE("CUDA: nothing to choose, and infinite logits") {
 }
 
 // Leaves the GPU unusable to the process, so it runs by itself
-TEST_CASE("CUDA fault by hand: it is reported in one line that names the device" * doctest::skip()) {
+TEST_CASE("a fault of a GPU is reported in one line that names it" * doctest::skip()) {
   const auto gpus = list_cuda_devices();
   REQUIRE(!gpus.empty());
   const auto device = make_cuda_device(static_cast<int>(gpus.size()) - 1);

@@ -262,22 +262,22 @@ bool is_directory(const std::string& path) {
 }
 
 double disk_bandwidth(const std::string& path) {
-  constexpr size_t kPiece = 2 << 20, kAlign = 4096;
+  constexpr size_t kPiece = 2 << 20;
   constexpr int kThreads = 8;
   using Clock = std::chrono::steady_clock;
   const uint64_t pieces = File::open_read(path).size() / kPiece;
+  const Arena to(kThreads * kPiece);
   int fd = ::open(path.c_str(), O_RDONLY | O_CLOEXEC | O_DIRECT);
   if (fd < 0) fd = ::open(path.c_str(), O_RDONLY | O_CLOEXEC);  // tmpfs before Linux 6.6
-  if (fd < 0 || !pieces) return fd >= 0 ? ::close(fd), 0.0 : 0.0;
+  if (fd < 0) return 0;
   std::atomic<uint64_t> next{0}, bytes{0};
   const auto start = Clock::now();
   std::vector<std::thread> threads;
   for (int t = 0; t < kThreads; t++)
-    threads.emplace_back([&] {
-      const Arena to(kPiece + kAlign);
-      while (Clock::now() - start < std::chrono::milliseconds(500)) {
+    threads.emplace_back([&, t] {
+      while (pieces && Clock::now() - start < std::chrono::milliseconds(500)) {
         const uint64_t piece = next++ * 0x9e3779b97f4a7c15ull % pieces;  // no order that a disk could read ahead
-        const ssize_t n = ::pread(fd, to.data(), kPiece, static_cast<off_t>(piece * kPiece));
+        const ssize_t n = ::pread(fd, to.data() + static_cast<size_t>(t) * kPiece, kPiece, static_cast<off_t>(piece * kPiece));
         if (n <= 0) return;
         bytes += static_cast<uint64_t>(n);
       }

@@ -78,7 +78,7 @@ bool is_directory(const std::string& path);
 uint64_t free_disk(const std::string& path);
 
 // Bytes per second of pieces read from the disk by several threads, from places all over a file, past the page cache where the file system
-// can; takes half a second.
+// can; takes half a second. 0: not measured.
 double disk_bandwidth(const std::string& path);
 
 // Large zeroed anonymous memory; pages are taken from the system when first touched, huge pages where possible.

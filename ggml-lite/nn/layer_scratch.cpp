@@ -1,8 +1,7 @@
 #include "ggml-lite/nn/layer_scratch.h"
 
-#include <bit>
-
 #include <algorithm>
+#include <bit>
 
 #include "ggml-lite/base/check.h"
 
