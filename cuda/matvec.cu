@@ -261,8 +261,8 @@ __device__ __forceinline__ void multiply(float (&total)[4], const uint8_t* unit,
 }
 
 // x of all tokens into shared memory: rounded, in the order of the fragments; with exact rows unrounded too.
-template <DType W, Act A, bool Quick>
-__device__ __forceinline__ void prologue(const Matvec& m, uint8_t* shared) {
+template <DType W, Act A, bool Quick, bool One>
+__device__ __forceinline__ void prologue(const Matvec& m, const float4 (&norm)[4], uint8_t* shared) {
   uint16_t* x = reinterpret_cast<uint16_t*>(shared + m.x);                 // (T, x_stride)
   float* x_scale = reinterpret_cast<float*>(shared + m.x_scale);           // (T, groups of 128)
   float* x_exact = reinterpret_cast<float*>(shared + m.x_exact);           // (T, K)
@@ -303,7 +303,7 @@ __device__ __forceinline__ void prologue(const Matvec& m, uint8_t* shared) {
     }
   };
   float* squares = reinterpret_cast<float*>(shared + m.squares);
-  if constexpr (Quick) quick_quads(m.in, squares, sink);
+  if constexpr (Quick) quick_quads<One>(m.in, norm, squares, sink);
   else for_each_quad(m.in, squares, reinterpret_cast<float*>(shared + m.inverse), sink);
 }
 static_assert(int4_position(6) == int4_position(4) + 1 && int4_position(5) == int4_position(4) + 4 && int4_position(7) == int4_position(4) + 5);
@@ -353,10 +353,12 @@ __global__ void __launch_bounds__(kThreads, 2) matvec_k(const __grid_constant__ 
     wait_for_previous();
     return;
   }
-  prefetch_norms(m.in);
+  float4 norm[4] = {};
+  if constexpr (Quick) load_norms(m.in, norm);
+  else prefetch_norms(m.in);
   if (threadIdx.x < 3) prefetch_l2(threadIdx.x == 0 || (threadIdx.x == 1 && !m.in.b) ? m.in.a : threadIdx.x == 1 ? m.in.b : m.y);
   wait_for_previous();
-  prologue<W, A, Quick>(m, shared);
+  prologue<W, A, Quick, One>(m, norm, shared);
   sync_matvec();
 
   const int tid = static_cast<int>(threadIdx.x), lane = tid % 32, g = lane / 4, t = lane % 4, tokens = One ? 1 : m.in.tokens;

@@ -180,24 +180,30 @@ inline bool quick_shape(const Input& in) {
                                              (in.mix == Mix::GatedNorm && in.span == 128));
 }
 
-// As for_each_quad. squares: room for 16.
-template <class Sink>
-__device__ __forceinline__ void quick_quads(const Input& in, float* squares, Sink sink) {
+// Norm weights of the thread's values; they may be loaded before wait_for_previous().
+__device__ __forceinline__ void load_norms(const Input& in, float4 (&norm)[4]) {
   const int tid = static_cast<int>(threadIdx.x), lane = tid % 32, warp = tid / 32;
-  const bool gates = in.mix == Mix::GatedNorm || in.mix == Mix::Gate;
   const float4 head = in.mix == Mix::GatedNorm ? load4(in.w + 4 * lane) : float4{1, 1, 1, 1};
+#pragma unroll
+  for (int c = 0; c < 4; c++) norm[c] = in.mix == Mix::Norm && 1024 * c + 128 * warp < in.k ? load4(in.w + 1024 * c + 4 * tid) : head;
+}
+
+// As for_each_quad. One: of one token, which then is no loop. squares: room for 16.
+template <bool One, class Sink>
+__device__ __forceinline__ void quick_quads(const Input& in, const float4 (&norm)[4], float* squares, Sink sink) {
+  const int tid = static_cast<int>(threadIdx.x), lane = tid % 32, warp = tid / 32, tokens = One ? 1 : in.tokens;
+  const bool gates = in.mix == Mix::GatedNorm || in.mix == Mix::Gate;
   auto square = [](float4 v) { return fmaf(v.x, v.x, fmaf(v.y, v.y, fmaf(v.z, v.z, v.w * v.w))); };  // all instances round alike
 #pragma unroll 1
-  for (int t = 0; t < in.tokens; t++) {
-    const float* a = in.a + t * in.lda + 4 * tid;
-    const float* b = (gates ? in.b + t * in.ldb : in.w) + 4 * tid;
+  for (int t = 0; t < tokens; t++) {
+    const float *a = in.a + t * in.lda + 4 * tid, *b = in.b + t * in.ldb + 4 * tid;
     float4 v[4], s[4];
     float r[4] = {1, 1, 1, 1};
 #pragma unroll
     for (int c = 0; c < 4; c++) {
       const bool in_k = 1024 * c + 128 * warp < in.k;
       v[c] = in_k ? load4(a + 1024 * c) : float4{};
-      s[c] = in_k && in.mix != Mix::Plain ? load4(b + 1024 * c) : float4{};
+      s[c] = in_k && gates ? load4(b + 1024 * c) : float4{};
     }
     if (in.mix == Mix::GatedNorm) {
 #pragma unroll
@@ -219,10 +225,10 @@ __device__ __forceinline__ void quick_quads(const Input& in, float* squares, Sin
       if (gates) {
         const float y = in.mix == Mix::GatedNorm ? r[c] : 1.f;
         const float4 z = in.mix == Mix::GatedNorm ? s[c] : float4{1, 1, 1, 1};
-        x.x *= y * head.x * (z.x * sigmoid(s[c].x)), x.y *= y * head.y * (z.y * sigmoid(s[c].y));
-        x.z *= y * head.z * (z.z * sigmoid(s[c].z)), x.w *= y * head.w * (z.w * sigmoid(s[c].w));
+        x.x *= y * norm[c].x * (z.x * sigmoid(s[c].x)), x.y *= y * norm[c].y * (z.y * sigmoid(s[c].y));
+        x.z *= y * norm[c].z * (z.z * sigmoid(s[c].z)), x.w *= y * norm[c].w * (z.w * sigmoid(s[c].w));
       } else if (in.mix == Mix::Norm) {
-        x.x *= r[c] * s[c].x, x.y *= r[c] * s[c].y, x.z *= r[c] * s[c].z, x.w *= r[c] * s[c].w;
+        x.x *= r[c] * norm[c].x, x.y *= r[c] * norm[c].y, x.z *= r[c] * norm[c].z, x.w *= r[c] * norm[c].w;
       }
       sink(t, 1024 * c + 4 * tid, x);
     }
