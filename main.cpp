@@ -465,6 +465,8 @@ class Chat {
       asked = false;
       try {
         if (!command(line) && line.find_first_not_of(" \t\n") != line.npos) turn({"user", line});
+      } catch (const qn::DeviceLost&) {
+        throw;
       } catch (const Error& e) {
         note(std::string("qnext-cli: ") + e.what(), Style::Red);
       }

@@ -14,6 +14,7 @@
 #include <cuda_runtime.h>
 
 #include <cstdint>
+#include <string>
 #include <utility>
 
 #include "cuda/kernels.h"
@@ -21,12 +22,14 @@
 
 namespace qn::cuda {
 
-// Throws Error "cuda:0: <what>: <name of the error> (<its text>)".
+// Throws "cuda:0: <what>: <name of the error> (<its text>)": Error where memory is short, else DeviceLost.
 inline void check(cudaError_t e, const char* what) {
   if (e == cudaSuccess) return;
   int device = -1;
   cudaGetDevice(&device);
-  fail("cuda:%d: %s: %s (%s)", device, what, cudaGetErrorName(e), cudaGetErrorString(e));
+  const std::string message = format("cuda:%d: %s: %s (%s)", device, what, cudaGetErrorName(e), cudaGetErrorString(e));
+  if (e == cudaErrorMemoryAllocation) throw Error(message);
+  throw DeviceLost(message);
 }
 
 // Launches `kernel` on the context's stream, after the kernels before it (overlapping where the context says so).

@@ -2,14 +2,14 @@
 # Builds, tests and measures on a machine with a GPU, and ends in a short table. Exit code 1 when anything failed; what cannot run
 # here is SKIPPED and says why.
 # usage: tests/gpu.sh [--only LIST] [--bin FOLDER] [--out FOLDER] [--memory FOLDER] [--model FILE.qn] [--device WHERE]
-#   --only     parts, of: ops,check,sanitize,stories,80b,80b-int8 (default: all but the last)
+#   --only     parts, of: ops,check,sanitize,stories,fault,80b,80b-int8 (default: all but the last)
 #   --bin      programs that are built already; nothing is built then
 #   --out      where logs, charts and the build go (default: build-gpu)
 #   --memory   where the 46 GB of the 80b parts go (default: /dev/shm)
 #   --model    a file of the 80b part made before: used as it is, and kept
 #   --device   default: cuda
 cd "$(dirname "$0")/.." || exit 1
-only=ops,check,sanitize,stories,80b bin= out=build-gpu memory=/dev/shm model= device=cuda
+only=ops,check,sanitize,stories,fault,80b bin= out=build-gpu memory=/dev/shm model= device=cuda
 while [ $# -gt 1 ]; do
   case $1 in
     --only) only=$2 ;; --bin) bin=$2 ;; --out) out=$2 ;; --memory) memory=$2 ;; --model) model=$2 ;; --device) device=$2 ;;
@@ -43,7 +43,7 @@ if [ -z "$bin" ]; then
   [ "$capability" != 90 ] || capability=90a
   start=$(now)
   { cmake -S . -B "$out" -DQNEXT_CUDA=ON -DQNEXT_ARCH="${QNEXT_ARCH:-$capability}" &&
-    cmake --build "$out" -j "$(nproc)" --target qnext-cli qnext-convert qnext-perplexity qnext-bench qnext-tests; } >"$out/build.log" 2>&1
+    cmake --build "$out" -j "$(nproc)" --target qnext-cli qnext-convert qnext-perplexity qnext-bench qnext-tests qnext-fault; } >"$out/build.log" 2>&1
   code=$?
   judge $code "build" "$(since "$start"), $out/build.log"
   [ $code = 0 ] || { tail -n 20 "$out/build.log"; echo "needs cmake, a C++ compiler, nvcc, and the headers of CLI11 and doctest (make deps)" >&2; exit 1; }
@@ -162,6 +162,25 @@ if wanted stories; then
     code=$?
     "$bin/qnext-cli" --device "$device" -m "$stories.qn" --temp 0 -p "Tell me a story about Lily and a drum." --no-graph 2>>"$out/answer.log" | cmp -s - "$out/answer"
     judge $(($? + code)) "stories, with and without graph" "$(head -c 60 "$out/answer" | tr '\n' ' ')..."
+  else row FAILED "stories" "$out/convert.log"; fi
+fi
+
+# ---- a GPU that fails in the midst of an answer: one line that names it, exit code 1, and no hanging, wherever the experts are
+if wanted fault; then
+  if [ ! -f "$bin/libqnext-fault.so" ]; then row SKIPPED "fault" "no libqnext-fault.so in $bin"
+  elif need_stories; then
+    broken=$(echo "${device#cuda}" | sed 's/.*[:,]//')
+    for slots in all 16; do
+      : >"$out/fault-answer"
+      set --
+      [ $slots = all ] || set -- --slots $slots
+      QNEXT_FAULT=${broken:-0}:$out/fault-answer LD_PRELOAD=$bin/libqnext-fault.so timeout 120 "$bin/qnext-cli" --device "$device" \
+        -m "${model:-$stories-int4.qn}" --raw -p "Once upon a time" -n 4096 --temp 0 "$@" >"$out/fault-answer" 2>"$out/fault.log"
+      code=$?
+      line=$(grep '^qnext-cli: ' "$out/fault.log")
+      [ $code = 1 ] && [ "$(grep -c '^fault: trap' "$out/fault.log")" = 1 ] && [ "$(echo "$line" | wc -l)" = 1 ] && echo "$line" | grep -q "cuda:${broken:-0}: "
+      judge $? "fault, experts on the GPU: $slots" "exit $code, $line"
+    done
   else row FAILED "stories" "$out/convert.log"; fi
 fi
 

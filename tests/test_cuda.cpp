@@ -308,7 +308,7 @@ TEST_CASE("a fault of a GPU is reported in one line that names it" * doctest::sk
   try {
     device->embed(a);
     device->sync();
-  } catch (const Error& e) {
+  } catch (const DeviceLost& e) {
     said = e.what();
   }
   MESSAGE(said);

@@ -13,6 +13,11 @@ class Error : public std::runtime_error {
   using std::runtime_error::runtime_error;
 };
 
+class DeviceLost : public Error {  // a device failed in its work: nothing can be asked of it again
+ public:
+  using Error::Error;
+};
+
 class Bug : public std::logic_error {
  public:
   using std::logic_error::logic_error;
