@@ -17,6 +17,7 @@ constexpr double kSlope = 0.25;      // of a plain step, for each guess more, be
 constexpr double kGain = 1.02;       // that is worth it
 constexpr double kTrying = 0.01;     // share of the time that trying may cost
 constexpr double kRate = 0.03;
+constexpr int kPlainEvery = 64;      // steps, while guessing pays: what a plain one takes changes slowly
 constexpr int kPlainFirst = 3;       // plain steps that count, before anything else: what the others are held against
 
 DraftPolicy::DraftPolicy(int draft, int warm) : fixed_(draft), warm_(warm) { right_.fill(kHope); }
@@ -59,10 +60,7 @@ int DraftPolicy::choose(int most) {
   const int k = best(1, most);
   const double tokens = tokens_per_step(k), seconds = step_seconds(k);
   if (tokens / seconds >= kGain / plain) {
-    const double loss = plain - seconds / tokens;  // of a plain step, which yields one token
-    if (saved_ < loss) return k;
-    saved_ -= loss;
-    return 0;
+    return since_plain_ < kPlainEvery ? k : 0;
   }
   const double loss = std::max(seconds - plain, 0.0);  // when no guess is right
   if (saved_ < loss) return 0;
@@ -77,9 +75,14 @@ void DraftPolicy::result(int drafted, int accepted, double seconds) {
     int& n = tried_[static_cast<size_t>(i)];
     r += ((i < accepted ? 1.0 : 0.0) - r) * std::max(kRate, 1.0 / (++n + 2));
   }
+  if (drafted > 0) {  // many misses in a row say more than a mean that moves slowly
+    misses_ = accepted ? 0 : misses_ + 1;
+    if (misses_ > 3) right_[0] = std::min(right_[0], 3.0 / (misses_ + 2));
+  }
   for (int i = 1; i < kMaxDraft; i++)  // what was not reached is believed ever less, and taken to be like the depth before it
     if (drafted > 0 && i > accepted) right_[static_cast<size_t>(i)] += 0.01 * (right_[static_cast<size_t>(i) - 1] - right_[static_cast<size_t>(i)]);
   seconds = std::max(seconds, 1e-9);
+  since_plain_ = drafted ? since_plain_ + 1 : 0;
   if (const double feared = std::exchange(feared_, 0); feared > 0) saved_ += feared + (1 + accepted) * step_seconds(0) - seconds;
   Cost& c = cost_[static_cast<size_t>(drafted)];
   if (c.seen++ < warm_) return;

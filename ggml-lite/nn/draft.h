@@ -20,9 +20,9 @@ int parse_draft(const std::string& text);  // "auto" or 0 to 7; throws Error
 
 // Chooses k before every step, from what steps before have shown.
 //
-//   auto: the k with the most tokens a second; 0 unless that gains 2 %. While it is 0, a step with guesses is tried now and then, and
-//   while it is not, a plain one, each time when the steps since have saved up for what it may lose: 1 % of the time altogether. A try
-//   that does better than feared gives back what it did not lose, and what it gained.
+//   auto: the k with the most tokens a second; 0 unless that gains 2 %. While it is 0, a step with guesses is tried now and then, each time
+//   when the steps since have saved up for what it may lose: 1 % of the time altogether. A try that does better than feared gives back
+//   what it did not lose, and what it gained. While it is not 0, one step in 64 is a plain one.
 class DraftPolicy {
  public:
   // draft: kDraftAuto, or always so many. warm: the first steps of each k that are no measure (a device that records them meanwhile).
@@ -48,6 +48,8 @@ class DraftPolicy {
   std::array<double, kMaxDraft> right_;
   std::array<int, kMaxDraft> tried_{};
   std::array<Cost, kMaxDraft + 1> cost_{};
+  int since_plain_ = 0;  // steps
+  int misses_ = 0;       // first guesses in a row
   double saved_ = 0;  // seconds that may be spent on trying
   double feared_ = 0; // of the try under way: what it may lose
 };
