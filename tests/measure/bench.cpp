@@ -284,7 +284,7 @@ class Bench {
       for (int p : args_.prompts)
         if (p) done(prompt(p, 0, depth));
       for (int n : args_.gens)
-        if (n) done(generate(n, depth));
+        if (n && args_.acceptance.empty()) done(generate(n, depth));
       for (const auto& [p, n] : args_.both) done(prompt(p, n, depth));
       for (int rows : args_.verify) done(pass(rows, depth));
       for (int rows : args_.ops)
@@ -414,13 +414,15 @@ class Bench {
     Result r = begin(drafts ? qn::format("draft %s, %g right", guesses.c_str(), acceptance) : "plain steps", depth, Result::Draft);
     r.gen = n, r.drafts = drafts, r.acceptance = acceptance;
     session_.speculate(drafts, drafts ? acceptance : -1);
+    int steps = 0;
     for (int turn = 0; turn <= args_.repetitions; turn++) {
       go_to(std::max(depth, 1));
       const double start = now();
       const GenerateResult made = tokens_made(turn ? n : std::max(n, 64));
       if (!turn) continue;
       r.seconds.push_back(now() - start);
-      r.per_step = static_cast<double>(n) / static_cast<double>(n - static_cast<int>(made.accepted));
+      steps += n - static_cast<int>(made.accepted);
+      r.per_step = static_cast<double>(n * turn) / steps;
     }
     return r;
   }
