@@ -79,7 +79,7 @@ void lay_out(Matvec& m, DType w, Act act, int tokens, int slots) {
   m.x_sum = take(as_half(w, act) ? int64_t{tokens} * groups * 16 : 0);
   m.x_exact = take(exact ? int64_t{tokens} * m.in.k * 4 : 0);
   m.partial = take(int64_t{2} * kWarps * tokens * kPanelRows * 4);
-  m.squares = take(std::max<int64_t>(int64_t{tokens} * m.in.spans * m.in.pieces, 16) * 4);
+  m.squares = take(std::max<int64_t>(int64_t{tokens} * m.in.spans * m.in.pieces, 16 * kNarrowTokens) * 4);
   m.inverse = take(int64_t{tokens} * m.in.spans * 4);
   m.bytes = static_cast<int>(std::min<int64_t>(at, 1 << 30));
   m.in.tokens = tokens, m.slots = slots;

@@ -188,12 +188,62 @@ __device__ __forceinline__ void load_norms(const Input& in, float4 (&norm)[4]) {
   for (int c = 0; c < 4; c++) norm[c] = in.mix == Mix::Norm && 1024 * c + 128 * warp < in.k ? load4(in.w + 1024 * c + 4 * tid) : head;
 }
 
-// As for_each_quad. One: of one token, which then is no loop. squares: room for 16.
+// One way to round for all that follow
+__device__ __forceinline__ float square(float4 v) { return fmaf(v.x, v.x, fmaf(v.y, v.y, fmaf(v.z, v.z, v.w * v.w))); }
+__device__ __forceinline__ float4 scaled(float4 v, float r, float4 norm) {
+  return {v.x * (r * norm.x), v.y * (r * norm.y), v.z * (r * norm.z), v.w * (r * norm.w)};
+}
+// squares (8): of the warps, behind a barrier
+__device__ __forceinline__ float inverse_of(const Input& in, const float* squares) {
+  float all = 0;
+#pragma unroll
+  for (int i = 0; i < 8; i++) all += squares[i];
+  return rsqrtf(all / static_cast<float>(in.k) + in.eps);
+}
+
+constexpr int kNarrow = 2048, kNarrowTokens = 4;
+
+// Several tokens of K up to kNarrow, one norm over all of it or none: four of them are asked for at once. squares: room for 64.
+template <class Sink>
+__device__ __forceinline__ void narrow_quads(const Input& in, const float4 (&norm)[4], float* squares, Sink sink) {
+  const int tid = static_cast<int>(threadIdx.x), lane = tid % 32, warp = tid / 32;
+#pragma unroll 1
+  for (int first = 0, half = 0; first < in.tokens; first += kNarrowTokens, half ^= 1) {  // the other half of squares may still be read
+    float4 v[kNarrowTokens][2];
+    float r[kNarrowTokens] = {1, 1, 1, 1};
+#pragma unroll
+    for (int i = 0; i < kNarrowTokens; i++)
+#pragma unroll
+      for (int c = 0; c < 2; c++)
+        v[i][c] = first + i < in.tokens && 1024 * c + 128 * warp < in.k ? load4(in.a + (first + i) * in.lda + 1024 * c + 4 * tid) : float4{};
+    if (in.mix == Mix::Norm) {
+      float* mine = squares + half * (8 * kNarrowTokens);
+#pragma unroll
+      for (int i = 0; i < kNarrowTokens; i++) {
+        const float q = warp_sum(square(v[i][0]) + square(v[i][1]));
+        if (lane == 0) mine[8 * i + warp] = q;
+      }
+      sync_matvec();
+#pragma unroll
+      for (int i = 0; i < kNarrowTokens; i++) r[i] = inverse_of(in, mine + 8 * i);
+    }
+#pragma unroll 1  // the code would be large
+    for (int i = 0; i < kNarrowTokens && first + i < in.tokens; i++) {
+#pragma unroll
+      for (int c = 0; c < 2; c++)
+        if (1024 * c + 128 * warp < in.k) sink(first + i, 1024 * c + 4 * tid, in.mix == Mix::Norm ? scaled(v[0][c], r[0], norm[c]) : v[0][c]);
+#pragma unroll
+      for (int j = 1; j < kNarrowTokens; j++) v[j - 1][0] = v[j][0], v[j - 1][1] = v[j][1], r[j - 1] = r[j];
+    }
+  }
+}
+
+// As for_each_quad. One: of one token, which then is no loop.
 template <bool One, class Sink>
 __device__ __forceinline__ void quick_quads(const Input& in, const float4 (&norm)[4], float* squares, Sink sink) {
   const int tid = static_cast<int>(threadIdx.x), lane = tid % 32, warp = tid / 32, tokens = One ? 1 : in.tokens;
   const bool gates = in.mix == Mix::GatedNorm || in.mix == Mix::Gate;
-  auto square = [](float4 v) { return fmaf(v.x, v.x, fmaf(v.y, v.y, fmaf(v.z, v.z, v.w * v.w))); };  // all instances round alike
+  if (!One && in.k <= kNarrow && !gates) return narrow_quads(in, norm, squares, sink);
 #pragma unroll 1
   for (int t = 0; t < tokens; t++) {
     const float *a = in.a + t * in.lda + 4 * tid, *b = in.b + t * in.ldb + 4 * tid;
@@ -213,10 +263,7 @@ __device__ __forceinline__ void quick_quads(const Input& in, const float4 (&norm
       float* mine = squares + t % 2 * 8;  // the other half may still be read
       if (lane == 0) mine[warp] = q;
       sync_matvec();
-      float all = 0;
-#pragma unroll
-      for (int i = 0; i < 8; i++) all += mine[i];
-      r[0] = r[1] = r[2] = r[3] = rsqrtf(all / static_cast<float>(in.k) + in.eps);
+      r[0] = r[1] = r[2] = r[3] = inverse_of(in, mine);
     }
 #pragma unroll
     for (int c = 0; c < 4; c++) {
@@ -228,7 +275,7 @@ __device__ __forceinline__ void quick_quads(const Input& in, const float4 (&norm
         x.x *= y * norm[c].x * (z.x * sigmoid(s[c].x)), x.y *= y * norm[c].y * (z.y * sigmoid(s[c].y));
         x.z *= y * norm[c].z * (z.z * sigmoid(s[c].z)), x.w *= y * norm[c].w * (z.w * sigmoid(s[c].w));
       } else if (in.mix == Mix::Norm) {
-        x.x *= r[c] * norm[c].x, x.y *= r[c] * norm[c].y, x.z *= r[c] * norm[c].z, x.w *= r[c] * norm[c].w;
+        x = scaled(x, r[c], norm[c]);
       }
       sink(t, 1024 * c + 4 * tid, x);
     }
