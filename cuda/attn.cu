@@ -772,6 +772,7 @@ bool few(const Context& ctx, Attn a) {
     const size_t bytes = few_bytes<Cache>(f.slots, tiles, f.tokens);
     const dim3 grid(static_cast<unsigned>(blocks * a.kv_heads));
     if (tiles == 1) launch(ctx, "attention", attn_few_k<1, Cache>, grid, kThreads, bytes, a, f);
+    else if (tiles == 2) launch(ctx, "attention", attn_few_k<2, Cache>, grid, kThreads, bytes, a, f);
     else if (tiles <= 4) launch(ctx, "attention", attn_few_k<4, Cache>, grid, kThreads, bytes, a, f);
     else launch(ctx, "attention", attn_few_k<8, Cache>, grid, kThreads, bytes, a, f);
   }

@@ -5,9 +5,10 @@
 // of the one before has called let_next_start(), and must call wait_for_previous() before it touches anything that is not a
 // weight. After that wait the kernel before is complete and its writes are visible; as that one waited too, so is everything
 // earlier. Hence two rules: EVERY kernel of this folder calls wait_for_previous() in every thread, also where it has little to
-// read, and before it only weights may be loaded, and nothing stored; prefetch_l2() reads no value and is allowed. let_next_start()
-// comes as soon as a kernel's own loads from DRAM are on their way: earlier, and what the next one prefetches delays them (measured: 3 %
-// of a token). Where the architecture lacks it both are nothing, and kernels start when the one before has ended.
+// read, and before it only weights may be loaded, and nothing stored (but see load_past_l1()); prefetch_l2() reads no value and is
+// allowed. let_next_start() comes as soon as a kernel's own loads from DRAM are on their way: earlier, and what the next one
+// prefetches delays them (measured: 3 % of a token). Where the architecture lacks it both are nothing, and kernels start when the
+// one before has ended.
 #pragma once
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
@@ -60,6 +61,11 @@ __device__ __forceinline__ void wait_for_previous() {
 }
 
 // ---- loads ------------------------------------------------------------------------------------------------------------
+
+// From the L2 cache: for what a kernel has written and may be loaded before wait_for_previous() all the same, because that kernel is known to
+// be over (the logits in moe_down.cu), or because an old value does no harm (what gdn.cu prefetches by).
+template <class T>
+__device__ __forceinline__ T load_past_l1(const T* p) { return __ldcg(p); }
 
 __device__ __forceinline__ void copy_async16(void* shared, const void* global) {  // 16 bytes, both aligned to 16
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(static_cast<uint32_t>(__cvta_generic_to_shared(shared))), "l"(global) : "memory");

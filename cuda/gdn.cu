@@ -86,8 +86,11 @@ __global__ void __launch_bounds__(kThreads, 1) delta_net_few_k(const Delta a) {
   if constexpr (Rows > 0) {
     static_assert(16 * Rows == kThreads, "a thread convolves one q and one k");
     w[0] = taps(a, q0 + tid), w[1] = taps(a, k0 + tid), w[2] = taps(a, v0 + my_column);
+    // Where the last pass was right in part, S begins inside of it. That place may be yet to be written here; then the wrong one is prefetched.
+    const int from = a.states ? load_past_l1(&a.step->from) : 0;
+    const float* const soon = from > 0 && from < kFewTokens ? a.states + (from - 1) * all_s : a.state;
 #pragma unroll
-    for (int i = 0; i < kColumns; i += 8) prefetch_l2(a.state + (static_cast<int64_t>(head) * dk + tid) * a.dv + column + i);
+    for (int i = 0; i < kColumns; i += 8) prefetch_l2(soon + (static_cast<int64_t>(head) * dk + tid) * a.dv + column + i);
     if (a.slots == 4) {  // warp: slot
       prefetch_l2(a.ring + warp * a.channels() + (lane < 16 ? q0 : k0) + 8 * low);
       if (lane < kColumns / 8) prefetch_l2(a.ring + warp * a.channels() + v0 + 8 * lane);
@@ -486,11 +489,15 @@ void delta_net(const Context& c, const DeltaNetArgs& args) {
       launch(c, "delta_net", delta_net_scan_k, dim3(columns, heads), dim3(kThreads), 0, a, p, begin, groups);
     }
   } else if (!many) {
-    const int tokens = fast && a.tokens == 1 ? 1 : kFewTokens;
+    const int tokens = !fast || a.tokens > 4 ? kFewTokens : a.tokens > 2 ? 4 : a.tokens;  // of the instance
     const size_t bytes = few_shared(tokens, a.dk);
     QN_CHECK(bytes <= c.shared_max, "delta_net: keys of width %d need %zu bytes of shared memory, not %zu", a.dk, bytes, c.shared_max);
     constexpr int kRows = kDim / 16;
-    const auto kernel = !fast ? delta_net_few_k<0, kFewTokens> : tokens == 1 ? delta_net_few_k<kRows, 1> : delta_net_few_k<kRows, kFewTokens>;
+    const auto kernel = !fast         ? delta_net_few_k<0, kFewTokens>
+                        : tokens == 1 ? delta_net_few_k<kRows, 1>
+                        : tokens == 2 ? delta_net_few_k<kRows, 2>
+                        : tokens == 4 ? delta_net_few_k<kRows, 4>
+                                      : delta_net_few_k<kRows, kFewTokens>;
     launch(c, "delta_net", kernel, dim3(columns, heads), dim3(kThreads), bytes, a);
   }
   if (!a.ring_inside) {
