@@ -22,16 +22,26 @@ struct Candidate {
   int32_t expert;
 };
 
-// The top `chosen` of E logits, best first, equal ones in order of their index; by one warp. ids (chosen) and list (32) are in
+struct Logits {
+  const float* at;
+  __device__ float operator()(int e) const { return at[e]; }
+};
+struct EarlyLogits {  // of a kernel that has not waited yet
+  const float* at;
+  __device__ float operator()(int e) const { return load_past_l1(at + e); }
+};
+
+// The top `chosen` of E logits, best first, equal ones in order of their index; by one warp. logit(e): that of expert e. ids (chosen) and list (32) are in
 // shared memory; false: there were too many candidates, nothing is chosen.
 // At least `chosen` lanes have a maximum that is not below the chosen-th largest of the 32 maxima, so the answer is among the keys
 // from there on: hardly ever more than a dozen or two. Each finds its own place by counting those before it.
-__device__ __forceinline__ bool quick_top(const float* logits, int experts, int chosen, int32_t* ids, Candidate* list) {
+template <class Logit>
+__device__ __forceinline__ bool quick_top(Logit logit, int experts, int chosen, int32_t* ids, Candidate* list) {
   const int lane = lane_id();
   float v[kQuickExperts / 32];
   uint32_t key[kQuickExperts / 32], best = 0;
 #pragma unroll
-  for (int i = 0; i < kQuickExperts / 32; i++) v[i] = logits[min(32 * i + lane, experts - 1)];  // no branches: all at once
+  for (int i = 0; i < kQuickExperts / 32; i++) v[i] = logit(min(32 * i + lane, experts - 1));  // no branches: all at once
 #pragma unroll
   for (int i = 0; i < kQuickExperts / 32; i++) key[i] = 32 * i + lane < experts ? rank_key(v[i]) : 0;
 #pragma unroll
@@ -65,12 +75,13 @@ __device__ __forceinline__ bool quick_top(const float* logits, int experts, int 
 }
 
 // The same for any E and K: each round finds the largest (key, index) below that of the round before.
-__device__ __noinline__ static void any_top(const float* logits, int experts, int chosen, int32_t* ids) {
+template <class Logit>
+__device__ __noinline__ void any_top(Logit logit, int experts, int chosen, int32_t* ids) {
   uint64_t last = ~uint64_t{0};
   for (int j = 0; j < chosen; j++) {
     uint64_t best = 0;
     for (int e = lane_id(); e < experts; e += 32) {
-      const uint64_t c = static_cast<uint64_t>(rank_key(logits[e])) << 32 | ~static_cast<uint32_t>(e);
+      const uint64_t c = static_cast<uint64_t>(rank_key(logit(e))) << 32 | ~static_cast<uint32_t>(e);
       if (c < last && c > best) best = c;
     }
     const uint32_t high = static_cast<uint32_t>(best >> 32), top = __reduce_max_sync(kAll, high);
@@ -81,9 +92,10 @@ __device__ __noinline__ static void any_top(const float* logits, int experts, in
   __syncwarp();
 }
 
-__device__ __forceinline__ void top(const float* logits, int experts, int chosen, int32_t* ids, Candidate* list) {
-  if (experts <= kQuickExperts && chosen <= 32 && quick_top(logits, experts, chosen, ids, list)) return;
-  any_top(logits, experts, chosen, ids);
+template <class Logit>
+__device__ __forceinline__ void top(Logit logit, int experts, int chosen, int32_t* ids, Candidate* list) {
+  if (experts <= kQuickExperts && chosen <= 32 && quick_top(logit, experts, chosen, ids, list)) return;
+  any_top(logit, experts, chosen, ids);
 }
 
 // What a token chose, from shared memory to `ids_out` and `weights` (chosen); by one warp.

@@ -71,7 +71,7 @@ __global__ void __launch_bounds__(kThreads) place_experts_k(const Place a) {
   wait_for_previous();
   for (int t = warp; t < a.tokens; t += kThreads / 32) {
     const float* logits = a.logits + static_cast<int64_t>(t) * a.experts;
-    top(logits, a.experts, a.chosen, ids + t * a.chosen, list[t]);
+    top(Logits{logits}, a.experts, a.chosen, ids + t * a.chosen, list[t]);
     store_choice(logits, a.experts, a.chosen, a.renormalise, ids + t * a.chosen, a.ids + t * a.chosen, a.weights + t * a.chosen);
   }
   if (tid == 0) pair_count = 0;

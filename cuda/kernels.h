@@ -5,7 +5,7 @@
 //
 //                     few                                  many
 //   matrix products   matvec.cu: one kernel each           matmul.cu: activations rounded by a kernel, then cuBLAS (BF16), gemm.cu (T16)
-//   experts           moe.cu                               moe_prefill.cu: sort by expert, gemm.cu, combine
+//   experts           moe.cu, moe_down.cu                  moe_prefill.cu: sort by expert, gemm.cu, combine
 //   delta rule        gdn.cu                               gdn.cu: groups of eight, fp32; gdn_chunk.cu: chunks of 64 on tensor cores
 //   attention         attn.cu: split over the cache        attn_prefill.cu: tiles of queries; attn_wgmma.cu: the same on sm_90a
 //
@@ -98,7 +98,7 @@ struct GroupedGemm {
 void gemm_gate_up(const Context&, const GroupedGemm&, const uint16_t* x, float* inner);      // x (T, D) BF16, inner (T*K, F)
 void gemm_down(const Context&, const GroupedGemm&, const uint16_t* inner, float* y);         // inner (T*K, F) BF16, y (T*K, D)
 
-// ---- moe.cu
+// ---- moe.cu, moe_down.cu
 void moe_few_gate_up(const Context&, const MoeGateUpArgs&);   // at most kFewTokens rows; any format and rounding
 void moe_few_down(const Context&, const MoeDownArgs&);
 void moe_exact_gate_up(const Context&, const MoeGateUpArgs&); // any number of rows, fp32 products, unhurried

@@ -319,11 +319,17 @@ void moe_cases(std::vector<Case>& out, Format f, Format shared, Act act, int64_t
                    a.ids = b.out("ids", t, k, 0, {}, DType::I32), a.weights = b.out("weights", t, k), a.inner = b.out("inner", t * k, width);
                    d.moe_gate_up(a);
                  }});
-  out.push_back({label("moe_down", f, act, dims), act, [=](Device& d, Bench& b) {
+  for (bool again : {false, true})  // with the logits by which a device may choose again
+    out.push_back({label(again ? "moe_down, logits" : "moe_down", f, act, dims), act, [=](Device& d, Bench& b) {
                    MoeDownArgs a;
                    std::vector<int32_t> ids;
+                   Floats logits(static_cast<size_t>(t * e), -1.f);
                    for (int64_t i = 0; i < t; i++)
-                     for (int j = 0; j < k; j++) ids.push_back(static_cast<int32_t>((i * 3 + j * 5 + i * j) % e));
+                     for (int j = 0; j < k; j++) {
+                       ids.push_back(static_cast<int32_t>(again ? (i * 3 + j) % e : (i * 3 + j * 5 + i * j) % e));
+                       logits[static_cast<size_t>(i * e + ids.back())] = static_cast<float>(k - j);
+                     }
+                   if (again) a.logits = b.in(logits, t, e);
                    Tensor flat = b.in(ids);
                    a.ids = view(flat.data, DType::I32, t, k);
                    Floats w(static_cast<size_t>(t * k));
@@ -392,6 +398,8 @@ std::vector<Case> table() {
       moe_cases(c, {DType::INT4, 128}, f, Act::BF16, t, 11, 10, t == 3 ? 1152 : 2048, t == 3 ? 256 : 512, 256);
       gated_cases(c, f, Act::BF16, t, 32, 128, 32);
     }
+  for (int64_t t : {2, 4, 5, 8})
+    for (int e : {11, 70}) moe_cases(c, {DType::INT4, 128}, {e == 11 ? DType::INT8 : DType::BF16, e == 11 ? 64 : 0}, Act::BF16, t, e, 10, 256, 512, 512);
   moe_cases(c, {DType::INT4, 128}, {DType::BF16, 0}, Act::BF16, 1, 40, 10, 512, 384, 256);  // more candidates than a warp has lanes
   for (DType conv : {DType::F32, DType::BF16}) {
     for (int64_t t : {1, 2, 3, 4, 5, 8, 63, 64, 65, 127}) delta_case(c, 0, t, 2, 4, 128, 128, conv);

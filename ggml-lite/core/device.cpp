@@ -276,6 +276,7 @@ void Device::moe_down(const MoeDownArgs& a) {
   check_experts(op, a.experts, d, f);
   QN_CHECK(a.ids.dtype == DType::I32 && a.ids.rows() == t && k > 0 && k <= a.experts.count, "%s: ids: got %s", op, shape(a.ids).c_str());
   check_act(op, "weights", a.weights, t, k);
+  if (a.logits) check_act(op, "logits", a.logits, t, a.experts.count);
   check_act(op, "inner", a.inner, t * k, f);
   check_act(op, "shared", a.shared, t, fs);
   check_vec(op, "shared_scale", a.shared_scale, t);

@@ -150,6 +150,7 @@ struct MoeGateUpArgs {
 // D6: h += sum_j weights[j] * down_{ids[j]} act(inner[j]) + shared_scale * shared_down act(shared)
 struct MoeDownArgs {
   Tensor ids, weights, inner;  // as D5 left them
+  Tensor logits;               // (T, E) optional: those D5 chose by, if that was the call before; a device may choose again, earlier than ids are there
   Act act = Act::F32;          // of the routed experts
   Experts experts;
   Tensor shared;               // (T, FS)

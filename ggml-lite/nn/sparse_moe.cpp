@@ -26,6 +26,7 @@ void sparse_moe(Device& device, const MoeWeights& w, const MoeScratch& s, const 
 
   MoeDownArgs down;
   down.ids = up.ids, down.weights = up.weights, down.inner = up.inner, down.act = expert_act, down.experts = w.experts;
+  if (!placed) down.logits = r.logits;
   down.shared = r.shared, down.shared_scale = r.shared_scale, down.shared_act = act, down.shared_down = w.shared_down, down.h = h;
   device.moe_down(down);
   if (!placed) return;
