@@ -23,14 +23,17 @@
 
 namespace qn::cuda {
 
-// Throws "cuda:0: <what>: <name of the error> (<its text>)": Error where memory is short, else DeviceLost.
+// Throws "<device>: <what>: <name of the error> (<its text>)": Error where memory is short, else DeviceLost.
+[[noreturn]] inline void fail_with(cudaError_t e, const std::string& device, const char* what) {
+  const std::string message = format("%s: %s: %s (%s)", device.c_str(), what, cudaGetErrorName(e), cudaGetErrorString(e));
+  if (e == cudaErrorMemoryAllocation) throw Error(message);
+  throw DeviceLost(message);
+}
 inline void check(cudaError_t e, const char* what) {
   if (e == cudaSuccess) return;
   int device = -1;
   cudaGetDevice(&device);
-  const std::string message = format("cuda:%d: %s: %s (%s)", device, what, cudaGetErrorName(e), cudaGetErrorString(e));
-  if (e == cudaErrorMemoryAllocation) throw Error(message);
-  throw DeviceLost(message);
+  fail_with(e, "cuda:" + std::to_string(device), what);
 }
 
 // Launches `kernel` on the context's stream, after the kernels before it (overlapping where the context says so).

@@ -433,9 +433,9 @@ class CudaDevice final : public Device {
       return true;
     });
   }
-  // Throws Error "cuda:0 (its name): <what>: <name of the error> (<its text>)".
+  // See cuda/common.cuh; the device is "cuda:0 (its name)" here.
   void check(cudaError_t e, const char* what) const {
-    if (e != cudaSuccess) fail("%s: %s: %s (%s)", name_.c_str(), what, cudaGetErrorName(e), cudaGetErrorString(e));
+    if (e != cudaSuccess) fail_with(e, name_, what);
   }
   void record(cudaEvent_t e) {
     make_current();
