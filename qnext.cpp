@@ -62,18 +62,14 @@ std::span<const OptionRow> options_table() {
       {"--device", "WHERE", "auto, ref, cpu, cuda, cuda:0,1: several hold a part of the layers each (default auto: a GPU if there is one)",
        [](Options& o, const std::string& v) { qn::parse_devices(v), o.device = v; }},
       {"--split", "N,N", "layers of each of several devices (default: equally many bytes)", [](Options& o, const std::string& v) { o.split = qn::parse_counts(v, "--split N,N", 1, qn::kMaxLayers); }},
-      {"--act", "FORMAT", "round activations of matrix products: f32, bf16, int8 (default int8 on the CPU, bf16 on a GPU)",
-       [](Options& o, const std::string& v) { o.act = parse_choice(v, "--act", {"f32", "bf16", "int8"}); }},
+      {"--act", "FORMAT", "round activations of matrix products: f32, bf16, int8 (default int8 on the CPU, bf16 on a GPU)", [](Options& o, const std::string& v) { o.act = parse_choice(v, "--act", {"f32", "bf16", "int8"}); }},
       {"--kv-type", "FORMAT", "KV cache: f32, bf16, int8 (default bf16; f32 with --act f32)",
        [](Options& o, const std::string& v) { o.kv_type = parse_choice(v, "--kv-type", {"f32", "bf16", "int8"}); }},
-      {"--ctx,-c", "N", "positions of the context (default: what the model allows, or what fits)",
-       [](Options& o, const std::string& v) { o.ctx = parse_count(v, "--ctx", 1, 1 << 24); }},
-      {"--rope-yarn", "FACTOR", "YaRN: stretch the context of the model by this, e.g. 4",
-       [](Options& o, const std::string& v) { o.rope_yarn = qn::parse_number(v, "--rope-yarn", 1, qn::kMaxYarnFactor); }},
+      {"--ctx,-c", "N", "positions of the context (default: what the model allows, or what fits)", [](Options& o, const std::string& v) { o.ctx = parse_count(v, "--ctx", 1, 1 << 24); }},
+      {"--rope-yarn", "FACTOR", "YaRN: stretch the context of the model by this, e.g. 4", [](Options& o, const std::string& v) { o.rope_yarn = qn::parse_number(v, "--rope-yarn", 1, qn::kMaxYarnFactor); }},
       {"--ubatch", "N", "tokens per pass in prefill", [](Options& o, const std::string& v) { o.ubatch = parse_count(v, "--ubatch", 1, 16384); }},
-      {"--threads,-t", "N", "CPU threads (default: physical cores)", [](Options& o, const std::string& v) { o.threads = parse_count(v, "--threads", 1, 1024); }},
-      {"--isa", "LEVEL", "CPU kernels: auto, scalar, avx2, avx512",
-       [](Options& o, const std::string& v) { o.isa = parse_choice(v, "--isa", {"auto", "scalar", "avx2", "avx512"}); }},
+      {"--threads,-t", "N", "CPU threads (default: physical cores, or what reads memory faster)", [](Options& o, const std::string& v) { o.threads = parse_count(v, "--threads", 1, 1024); }},
+      {"--isa", "LEVEL", "CPU kernels: auto, scalar, avx2, avx512", [](Options& o, const std::string& v) { o.isa = parse_choice(v, "--isa", {"auto", "scalar", "avx2", "avx512"}); }},
       {"--ram", "SIZE", "memory this process may use, e.g. 24G (GiB)", [](Options& o, const std::string& v) { o.ram = qn::parse_size(v, "--ram"); }},
       {"--vram", "SIZE", "memory of the GPU to use, e.g. 24G (GiB), of several 24G,16G; experts that do not fit stay in memory of the host",
        [](Options& o, const std::string& v) { o.vram = qn::parse_sizes(v, "--vram"); }},
@@ -86,6 +82,8 @@ std::span<const OptionRow> options_table() {
       {"--verify", "", "check all checksums of the file at start (default for files under 1 GiB, and for weights on their way to a GPU)",
        [](Options& o, const std::string&) { o.verify = Verify::Yes; }},
       {"--no-verify", "", "do not check them", [](Options& o, const std::string&) { o.verify = Verify::No; }},
+      {"--no-mmap", "", "CPU: read the file into memory, in huge pages (default with --device cpu where there is room)", [](Options& o, const std::string&) { o.mapped = false; }},
+      {"--mmap", "", "CPU: weights stay pages of the file", [](Options& o, const std::string&) { o.mapped = true; }},
   };
   return rows;
 }
@@ -451,6 +449,10 @@ struct Engine::Impl {
   void make_parts();
   int threads() const { return options.threads > 0 ? options.threads : qn::default_threads(); }
   Outlook outlook() const;
+  bool holds() const {  // the file, in memory of the process
+    const bool cpu = parts[0].device->memory() == 0;
+    return options.mapped ? !*options.mapped && (cpu || offloads()) : cpu && qn::holds_file(file.size(), plan.kv + plan.state + plan.scratch, plan.ram);
+  }
   bool offloads() const { return std::ranges::any_of(parts, [](const Part& p) { return p.slots > 0; }); }
 
   std::vector<Device*> devices() const {
@@ -484,6 +486,7 @@ void Engine::Impl::make_parts() {
   act = parse_act(options, names[0].kind == "cuda");
   kv_type = options.kv_type == "int8" ? DType::I8 : options.kv_type == "f32" || (options.kv_type.empty() && act == Act::F32) ? DType::F32 : DType::BF16;
   mtp = (options.mtp || options.draft) && model.info.mtp;
+  if (!options.threads && names[0].kind == "cpu" && file.size() >= 1ull << 30) options.threads = qn::probe_threads();
   for (const qn::DeviceName& name : names) parts.emplace_back().device = make_device(name, options);
   const uint64_t ram = options.ram ? std::min(options.ram, qn::available_ram()) : qn::available_ram();
   std::vector<uint64_t> budgets = qn::memory_budgets(devices(), names, ram);
@@ -520,6 +523,7 @@ Engine Engine::open(const std::string& path, const Options& options, const Progr
       if (progress) progress(what, done, total);
     };
   };
+  if (e->holds()) e->loaded = {e->file.size(), threads, e->file.hold(threads, report("reading")), 0, 0, 0};
   for (size_t i = 0; i < e->parts.size(); i++)
     if (Device& d = *e->parts[i].device; d.memory()) d.reserve_weights(e->parts[i].placed);
   qn::Loader loader(e->file);
@@ -530,7 +534,7 @@ Engine Engine::open(const std::string& path, const Options& options, const Progr
     if (part.slots) e->place_slots(part, loader, {part.slots, e->model.info.chosen, options.fetch, e->placed_act, e->plan.pinned});
   if (options.verify == Verify::Yes || (options.verify == Verify::Auto && e->file.size() < 1ull << 30))
     e->file.verify(threads, report("verifying"), [&](const qn::QnTensor& t) { return !loader.copies(t); });
-  e->loaded = loader.load(std::min(threads, 16), options.verify != Verify::No, report("loading"));
+  if (const auto r = loader.load(std::min(threads, 16), options.verify != Verify::No, report("loading")); r.bytes) e->loaded = r;
   e->read_tokenizer();
   if (e->tokenizer) e->allowed = qn::upload_new<uint8_t>(*e->parts.back().device, e->tokenizer->ids(e->model.info.vocab), "ids that have a token");
   for (size_t i = 0; i < e->parts.size(); i++) {

@@ -44,7 +44,7 @@ struct Options {
   std::optional<std::string> act;   // f32 | bf16 | int8; default bf16 on CUDA, else int8
   std::string kv_type;              // f32 | bf16 | int8; default f32 with --act f32, else bf16
   std::string isa = "auto";         // CPU kernels: auto | scalar | avx2 | avx512
-  int threads = 0;                  // 0: physical cores
+  int threads = 0;                  // 0: physical cores, or with large files on the CPU what reads memory faster
   int ctx = 0;                      // positions; 0: what the model allows, or fits
   double rope_yarn = 0;             // YaRN: context of the model times this; 0: what the file says
   int ubatch = 0;                   // tokens per pass in prefill; 0: chosen by the plan
@@ -53,6 +53,7 @@ struct Options {
   int slots = 0;                    // experts of every layer on the GPU, where not all fit; 0: as many as there is room for
   int fetch = 25;                   // experts that are not on the GPU: percent of those a token needs that it fetches; the CPU computes the others
   Verify verify = Verify::Auto;
+  std::optional<bool> mapped;       // weights that the CPU computes with stay pages of the file; default: where they have no room in memory of ours
   bool graph = true;                // GPU: decode is one recording, replayed
   int draft = -1;                   // tokens guessed ahead of each pass: 0 to 7; -1: as many as pay. The text is the same
   bool mtp = false;                 // run the multi-token-prediction layer along, if the file has one, also without guessing (for its logits)
@@ -152,7 +153,7 @@ class Engine {
   Outlook outlook() const;
   const Plan& plan() const;
   std::string device_name() const;
-  const qn::LoadReport& load_report() const;  // how the weights got to the device; zero where they are used as the file is mapped
+  const qn::LoadReport& load_report() const;  // how the weights got to the device, or into memory; zero where they are used as the file is mapped
   double read_bandwidth() const;              // bytes/s of a plain read of the memory that weights are in, measured now in what the plan leaves free
   MemoryUse memory_use() const;
   OffloadUse offload_use() const;

@@ -156,6 +156,8 @@ has "--stop" '"finish":"stop"' "$tmp/json"
 
 # guesses change nothing but the time
 same "--no-draft" "$answer" "$(say -p "$question" --no-draft)"
+same "--no-mmap" "$answer" "$(say -p "$question" --no-mmap)"
+same "--mmap" "$answer" "$(say -p "$question" --mmap)"
 story=$(say -p "Tell me a story." -n 60 --draft 3 -v)
 same "--draft 3 and none" "$story" "$(say -p "Tell me a story." -n 60 --draft 0)"
 say -p "Tell me a story." -n 60 --draft 3 -v >/dev/null

@@ -228,6 +228,13 @@ TEST_CASE("plan: experts are pinned when that leaves memory for all else") {
   CHECK(!pins_experts(40 * kGiB, 42 * kGiB - 1));
 }
 
+TEST_CASE("plan: a CPU holds the file itself when that leaves memory for all else") {
+  CHECK(holds_file(40 * kGiB, 3 * kGiB, 45 * kGiB));
+  CHECK(!holds_file(40 * kGiB, 3 * kGiB, 45 * kGiB - 1));
+  CHECK(!holds_file(40 * kGiB, 50 * kGiB, 45 * kGiB));
+  CHECK(!holds_file(UINT64_MAX, UINT64_MAX, UINT64_MAX));
+}
+
 TEST_CASE("plan: what memory of the host must hold is said, and only when the device does not hold it all") {
   PlanRequest r = request(24);
   r.experts = 40 * kGiB, r.expert_count = 512;

@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <filesystem>
 #include <limits>
 #include <random>
 #include <thread>
@@ -307,6 +308,35 @@ TEST_CASE("qn: every dtype, sections, several threads") {
 }
 
 // ---- damage -------------------------------------------------------------------------------------------------------------
+
+TEST_CASE("qn: held in memory, the same bytes; a file that was cut is an error, and the mapping stays") {
+  TempDir dir;
+  const std::string path = dir / "m.qn", copy = dir / "copy.qn";
+  {
+    QnWriter w(path);
+    w.declare({.name = "a", .dtype = DType::U8, .shape = {(9 << 20) + 5}});
+    w.layout();
+    w.write(0, random_bytes(w.tensor(0).bytes, 3));
+    w.finish();
+  }
+  const QnFile mapped = QnFile::open(path);
+  for (const int threads : {1, 3}) {
+    QnFile held = QnFile::open(path);
+    uint64_t last = 0;
+    held.hold(threads, [&](uint64_t done, uint64_t total) {
+      CHECK((done >= last && done <= total && total == held.size()));
+      last = done;
+    });
+    CHECK(last == mapped.size());
+    CHECK(held.size() == mapped.size());
+    CHECK(std::ranges::equal(held.data(held.tensors()[0]), mapped.data(mapped.tensors()[0])));
+    held.verify(2);
+  }
+  std::filesystem::copy_file(path, copy);
+  QnFile cut = QnFile::open(copy);
+  std::filesystem::resize_file(copy, cut.size() / 2);
+  CHECK_THROWS_WITH_AS(cut.hold(2), doctest::Contains("became shorter"), Error);
+}
 
 TEST_CASE("qn: every flipped bit of header and directory is refused") {
   TempDir dir;

@@ -39,6 +39,7 @@ static void close_fd(int& fd) {
 
 // ---- Mapping --------------------------------------------------------------------------------------------------------
 
+Mapping::Mapping(Arena&& filled) : data_(std::exchange(filled.data_, nullptr)), size_(std::exchange(filled.size_, 0)) {}
 Mapping::Mapping(Mapping&& o) noexcept : data_(std::exchange(o.data_, nullptr)), size_(std::exchange(o.size_, 0)) {}
 Mapping& Mapping::operator=(Mapping&& o) noexcept {
   std::swap(data_, o.data_);

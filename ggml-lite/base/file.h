@@ -8,10 +8,14 @@
 
 namespace qn {
 
-// A read-only mapping of a whole file. Bytes are shared with the page cache; truncating the file under us is undefined.
+class Arena;
+
+// A whole file as memory: a read-only mapping, whose bytes are shared with the page cache (truncating the file under us is undefined), or memory
+// of our own that was filled from it.
 class Mapping {
  public:
   Mapping() = default;
+  explicit Mapping(Arena&& filled);
   Mapping(Mapping&&) noexcept;
   Mapping& operator=(Mapping&&) noexcept;
   ~Mapping();
@@ -93,6 +97,7 @@ class Arena {
   size_t size() const { return size_; }
 
  private:
+  friend class Mapping;
   uint8_t* data_ = nullptr;
   size_t size_ = 0;
 };

@@ -78,12 +78,13 @@ double cgroup_processors() {
 // Takes threads out of a barrier that one of them will never reach
 struct Abandoned {};
 
+
+}  // namespace
+
 int usable_processors() {
   const double by_mask = std::max<double>(1, allowed_processors().size());
   return static_cast<int>(std::max(1.0, std::min(by_mask, std::ceil(cgroup_processors()))));
 }
-
-}  // namespace
 
 int default_threads() {
   // Two hardware threads of a core share its load ports and its cache: the second adds nothing to a stream of weights.

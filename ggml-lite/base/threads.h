@@ -43,6 +43,7 @@ class Threads {
 
 // Physical cores this process may run on (affinity mask, cgroup quota), at least 1.
 int default_threads();
+int usable_processors();  // hardware threads, likewise
 
 // Whether the system lets this process use the tile registers of AMX. It must be asked before the first use; asking again is free.
 bool allow_tiles();

@@ -71,6 +71,7 @@ MemoryPlan plan_memory(const PlanRequest& r) {
 }
 
 bool pins_experts(uint64_t host, uint64_t ram) { return host > 0 && host + (2ull << 30) <= ram; }
+bool holds_file(uint64_t file, uint64_t planned, uint64_t ram) { return planned <= ram && file <= ram - planned && ram - planned - file >= 2ull << 30; }
 
 std::vector<MemoryPlan> plan_devices(std::vector<PlanRequest> requests) {
   const bool several = requests.size() > 1;

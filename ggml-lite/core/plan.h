@@ -50,6 +50,10 @@ std::vector<MemoryPlan> plan_devices(std::vector<PlanRequest> requests);
 // `ram` that may be used. Otherwise they are pages of the file, which the system keeps or reads again as it sees fit: nothing is swapped.
 bool pins_experts(uint64_t host, uint64_t ram);
 
+// Whether a CPU reads weights out of memory of the process, in huge pages, and not out of pages of the file: when `file` and what else is planned
+// leave 2 GiB of the `ram` that may be used.
+bool holds_file(uint64_t file, uint64_t planned, uint64_t ram);
+
 // Bytes of a model in order: what lies before the layers is held by the first device, what lies behind them by the last.
 struct LayerBytes {
   std::vector<uint64_t> layers, experts;  // of each layer; of that, its routed experts

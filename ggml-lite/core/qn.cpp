@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <chrono>
 #include <bit>
 #include <cstring>
 #include <set>
@@ -375,6 +376,26 @@ void QnFile::verify(int threads, const std::function<void(uint64_t done, uint64_
   });
   if (bad < pieces.size()) damaged(*pieces[bad].tensor, pieces[bad].record);
   if (progress) progress(total, total);
+}
+
+double QnFile::hold(int threads, const std::function<void(uint64_t done, uint64_t total)>& progress) {
+  constexpr uint64_t kPiece = 8ull << 20;  // whole huge pages: the thread that fills one has touched it first
+  const uint64_t total = size();
+  const auto start = std::chrono::steady_clock::now();
+  Arena memory(total);
+  std::atomic<uint64_t> done = 0;
+  Threads pool(threads);
+  pool.run([&](int thread) {
+    for (uint64_t at; (at = static_cast<uint64_t>(pool.next_task()) * kPiece) < total;) {
+      const uint64_t n = std::min(kPiece, total - at);
+      file_.read(at, {memory.data() + at, n});
+      done += n;
+      if (thread == 0 && progress) progress(done, total);
+    }
+  });
+  map_ = Mapping(std::move(memory));
+  if (progress) progress(total, total);
+  return std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
 }
 
 // ---- QnWriter -------------------------------------------------------------------------------------------------------

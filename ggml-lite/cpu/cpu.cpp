@@ -4,6 +4,7 @@
 #include <cpuid.h>
 #endif
 
+#include <algorithm>
 #include <chrono>
 #include <cstring>
 #include <utility>
@@ -26,26 +27,48 @@ std::unique_ptr<Device> make_cpu_device(int threads, Isa isa, int spin_microseco
   return std::make_unique<cpu::CpuDevice>(threads, *kernels, spin_microseconds);
 }
 
-double cpu_read_bandwidth(int threads, uint64_t most) {
+// Reads all of `arena`, best of a few runs; filled: whether it has pages already
+static double read_bandwidth(const Arena& arena, int threads, bool filled) {
   const cpu::Kernels* kernels = cpu::kernels_of(Isa::Auto);
-  const auto bytes = static_cast<int64_t>(std::min({available_ram() / 4, uint64_t{1} << 30, most}) / 4096 * 4096);
-  if (bytes < static_cast<int64_t>(kLeastRead)) return 0;
-  Arena arena(bytes);
   Threads pool(threads);
   auto part = [&](int t) {
-    const Range r = share(bytes / 4096, t, pool.size());
+    const Range r = share(static_cast<int64_t>(arena.size()) / 4096, t, pool.size());
     return Range{r.begin * 4096, r.end * 4096};
   };
-  pool.run([&](int t) { std::memset(arena.data() + part(t).begin, t + 1, part(t).end - part(t).begin); });
+  if (!filled) pool.run([&](int t) { std::memset(arena.data() + part(t).begin, t + 1, part(t).end - part(t).begin); });
   double best = 0;
   std::vector<uint64_t> sums(pool.size() * 8);
   for (int run = 0; run < 4; run++) {
     const auto start = std::chrono::steady_clock::now();
     pool.run([&](int t) { sums[t * 8] += kernels->read(arena.data() + part(t).begin, part(t).end - part(t).begin); });
     const std::chrono::duration<double> time = std::chrono::steady_clock::now() - start;
-    best = std::max(best, static_cast<double>(bytes) / time.count());
+    best = std::max(best, static_cast<double>(arena.size()) / time.count());
   }
   return best;
+}
+static uint64_t read_size(uint64_t most) { return std::min({available_ram() / 4, uint64_t{1} << 30, most}) / 4096 * 4096; }
+
+double cpu_read_bandwidth(int threads, uint64_t most) {
+  const uint64_t bytes = read_size(most);
+  return bytes < kLeastRead ? 0 : read_bandwidth(Arena(bytes), threads, false);
+}
+
+int choose_threads(std::span<const ThreadTrial> trials) {
+  const ThreadTrial* best = &trials[0];
+  for (const ThreadTrial& t : trials)
+    if (t.speed > best->speed) best = &t;
+  return best->speed > 1.1 * trials[0].speed ? best->threads : trials[0].threads;
+}
+
+int probe_threads() {
+  const int cores = default_threads(), all = usable_processors();
+  const uint64_t bytes = read_size(uint64_t{512} << 20);
+  if (bytes < kLeastRead || all < 4) return cores;
+  const Arena arena(bytes);
+  std::vector<ThreadTrial> trials;
+  for (int n : {cores, all, std::max(1, cores * 3 / 4), std::max(1, cores / 2)})
+    if (std::ranges::find(trials, n, &ThreadTrial::threads) == trials.end()) trials.push_back({n, read_bandwidth(arena, n, !trials.empty())});
+  return choose_threads(trials);
 }
 
 namespace cpu {

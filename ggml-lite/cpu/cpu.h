@@ -1,6 +1,7 @@
 // The fast CPU device: own thread pool, AVX-512 (VNNI, BF16 if there), AVX2 or scalar kernels chosen at run time.
 #pragma once
 #include <memory>
+#include <span>
 #include <string>
 
 #include "ggml-lite/base/threads.h"
@@ -20,5 +21,14 @@ Isa isa_named(const std::string& name);  // "scalar", "avx2", "avx512"; all else
 // The buffer takes at most `most` bytes, and a quarter of what may be used; 0 when that is less than kLeastRead, which caches might hold.
 constexpr uint64_t kLeastRead = uint64_t{64} << 20;
 double cpu_read_bandwidth(int threads, uint64_t most = uint64_t{1} << 30);
+
+// How many threads to use, where nobody says: as many as there are physical cores, unless another number reads memory by a tenth faster
+// (cores of two kinds; a machine whose memory a few saturate). Takes a quarter of a second; call it when gigabytes will be read.
+int probe_threads();
+struct ThreadTrial {
+  int threads;
+  double speed;
+};
+int choose_threads(std::span<const ThreadTrial> trials);  // the first is preferred
 
 }  // namespace qn

@@ -650,9 +650,8 @@ void notes(const Run& run) {
   std::string load = qn::human_bytes(run.info.file_bytes) + " mapped";
   if (l.bytes) {
     const double all = l.seconds * l.threads / 100;
-    load = qn::format("%s in %.2f s, %.1f GB/s by %d threads: reading %.0f %%, checksums %.0f %%, waiting for a buffer %.0f %%",
-                      qn::human_bytes(l.bytes).c_str(), l.seconds, static_cast<double>(l.bytes) / l.seconds / 1e9, l.threads,
-                      l.read / all, l.check / all, l.wait / all);
+    load = qn::format("%s in %.2f s, %.1f GB/s by %d threads", qn::human_bytes(l.bytes).c_str(), l.seconds, static_cast<double>(l.bytes) / l.seconds / 1e9, l.threads);
+    if (l.read > 0) load += qn::format(": reading %.0f %%, checksums %.0f %%, waiting for a buffer %.0f %%", l.read / all, l.check / all, l.wait / all);
   }
   line("load", load + qn::format("; ready after %.2f s", run.open_seconds));
   line("bandwidth", (run.measured > 0 ? qn::format("%.1f GB/s measured by a plain read", run.measured / 1e9) : "not measured: not on this device, or no memory to spare for it") +
