@@ -1,6 +1,7 @@
 // Micro-benchmark of the CPU device at the shapes of the 80B model: bytes that must be read (and written) per second, and their
-// share of what the same threads read from memory in a plain loop. Weights of an operation exist in as many copies as it takes to
-// be larger than every cache. Not a test: run by hand, e.g.   bench_ops 2 avx512 1,4,64
+// share of what the same threads read from memory in a plain loop; GFLOP/s, and their share of what products of int8 codes do in
+// registers. Weights of an operation exist in as many copies as it takes to be larger than every cache. Not a test: run by hand,
+// e.g.   bench_ops 2 avx512 1,4,64
 #include <chrono>
 #include <cstdio>
 #include <cstdlib>
@@ -48,7 +49,7 @@ struct Format {
 
 struct Benchmark {
   Device& d;
-  double bandwidth;
+  double bandwidth, peak;
   Act act;
   double layer_ms = 0;  // summed by token()
 
@@ -62,8 +63,9 @@ struct Benchmark {
       spent += s;
       if (round) best = std::min(best, s / copies);
     }
-    std::printf("%-34s T=%-4lld %9.3f ms %8.2f GB/s %5.0f %%  %8.3f ms/token %8.1f GFLOP/s\n", name, static_cast<long long>(tokens), best * 1e3, bytes / best / 1e9,
-                100 * bytes / best / bandwidth, best * 1e3 / static_cast<double>(tokens), 2 * products * static_cast<double>(tokens) / best / 1e9);
+    const double speed = 2 * products * static_cast<double>(tokens) / best;
+    std::printf("%-34s T=%-4lld %9.3f ms %8.2f GB/s %5.0f %%  %8.3f ms/token %8.1f GFLOP/s %5.1f %%\n", name, static_cast<long long>(tokens), best * 1e3, bytes / best / 1e9,
+                100 * bytes / best / bandwidth, best * 1e3 / static_cast<double>(tokens), speed / 1e9, peak > 0 ? 100 * speed / peak : 0);
     std::fflush(stdout);
     return best * 1e3;
   }
@@ -226,10 +228,10 @@ int main(int argc, char** argv) {
   l.tokens = 512, l.width = 4096, l.experts = 512, l.chosen = 10, l.expert_width = 512, l.model_width = 2048;
   l.heads = 16, l.context = 65536, l.value_heads = 32, l.key_heads = 16, l.key_dim = 128, l.value_dim = 128;
   device->reserve(l);
-  const double bandwidth = cpu_read_bandwidth(threads);
-  std::printf("%s, reads %.1f GB/s\n", device->name().c_str(), bandwidth / 1e9);
+  const double bandwidth = cpu_read_bandwidth(threads), peak = cpu_peak(threads, isa);
+  std::printf("%s, reads %.1f GB/s, multiplies and adds int8 codes at %.1f GFLOP/s\n", device->name().c_str(), bandwidth / 1e9, peak / 1e9);
   for (std::string t; std::getline(list, t, ',');) {
-    Benchmark b{*device, bandwidth, Act::INT8};
+    Benchmark b{*device, bandwidth, peak, Act::INT8};
     b.token("INT4 g128 experts, BF16 rest", {DType::BF16, 0}, std::atoi(t.c_str()));
     b.token("INT4 g128 experts, INT8 g128 rest", {DType::INT8, 128}, std::atoi(t.c_str()));
   }

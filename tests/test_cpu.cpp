@@ -575,6 +575,9 @@ TEST_CASE("cpu device: instruction sets and names") {
   CHECK(make_cpu_device(1)->name() == std::string("cpu (1 threads, ") + levels().back().kernels->name + ")");
   CHECK(cpu_read_bandwidth(1, kLeastRead) > 1e6);
   CHECK(cpu_read_bandwidth(1, kLeastRead - 1) == 0);  // caches might hold it
+  for (const auto& level : levels()) CHECK((!level.kernels->work || level.kernels->work(10) > 0));
+  CHECK((cpu_peak(1) > 1e9 || !levels().back().kernels->work));
+  CHECK(cpu_peak(1, Isa::Scalar) == 0);
   const std::vector<uint8_t> ones(4096, 0x81);  // sums of such words wrap round: in unsigned ones, or UBSan says so
   for (const auto& level : levels()) CHECK(level.kernels->read(ones.data(), 4096) == levels().front().kernels->read(ones.data(), 4096));
 }

@@ -22,6 +22,10 @@ Isa isa_named(const std::string& name);  // "scalar", "avx2", "avx512"; all else
 constexpr uint64_t kLeastRead = uint64_t{64} << 20;
 double cpu_read_bandwidth(int threads, uint64_t most = uint64_t{1} << 30);
 
+// Multiplications and additions of int8 codes a second that `threads` threads do in registers, by the instructions this machine has for them
+// (INT8 and INT4 weights); 0: not known. Best of a few runs.
+double cpu_peak(int threads, Isa isa = Isa::Auto);
+
 // How many threads to use, where nobody says: as many as there are physical cores, unless another number reads memory by a tenth faster
 // (cores of two kinds; a machine whose memory a few saturate). Takes a quarter of a second; call it when gigabytes will be read.
 int probe_threads();

@@ -104,12 +104,22 @@ void multiply_many(const Product& p, const uint8_t* w, int panels, const uint8_t
   order_rows(panels, tokens, y);
 }
 
+double work(int64_t rounds) {
+  Shapes s;
+  for (int i = 0; i < 8; i++) s.rows[i] = kTile, s.row_bytes[i] = 64;
+  set_shapes(s);
+  clear<0>(), clear<1>(), clear<2>(), clear<3>(), clear<4>(), clear<5>(), clear<6>(), clear<7>();
+  for (int64_t i = 0; i < rounds; i++) multiply_tiles<0, 4, 6>(), multiply_tiles<1, 4, 7>(), multiply_tiles<2, 5, 6>(), multiply_tiles<3, 5, 7>();
+  release_tiles();
+  return 2.0 * 4 * kTile * kTile * 64 * static_cast<double>(rounds);
+}
+
 }  // namespace
 
 const Kernels* amx_kernels() {
   static const Kernels kernels = [] {
     Kernels k = *avx512bf16_kernels();
-    k.name = "amx";
+    k.name = "amx", k.work = work;
     k.many[static_cast<int>(DType::INT8)] = {8, unpack_panel<8, true>, multiply_many, true};
     k.many[static_cast<int>(DType::INT4)] = {8, unpack_panel<4, true>, multiply_many, true};
     return k;

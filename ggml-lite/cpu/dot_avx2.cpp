@@ -235,6 +235,20 @@ uint64_t read(const uint8_t* p, int64_t bytes) {
   return v[0] + v[1] + v[2] + v[3];
 }
 
+double work(int64_t rounds) {
+  constexpr int kChains = 8;
+  const __m256i b = _mm256_set1_epi8(-2), ones = _mm256_set1_epi16(1);
+  __m256i s[kChains] = {}, a = _mm256_set1_epi8(3);
+  for (int64_t i = 0; i < rounds; i++)
+    QN_UNROLL
+    for (int j = 0; j < kChains; j++) {
+      asm volatile("" : "+x"(a));  // another operand each time, for all the compiler knows
+      s[j] = _mm256_add_epi32(s[j], _mm256_madd_epi16(_mm256_maddubs_epi16(a, b), ones));
+    }
+  for (const __m256i& v : s) asm volatile("" ::"x"(v));
+  return 2.0 * 32 * kChains * static_cast<double>(rounds);
+}
+
 }  // namespace
 
 const Kernels* avx2_kernels() {
@@ -243,7 +257,7 @@ const Kernels* avx2_kernels() {
     ProductFn* f = k.product[static_cast<int>(Form::Bytes)];
     f[static_cast<int>(DType::INT8)] = product_panel_bytes<8>;
     f[static_cast<int>(DType::INT4)] = product_panel_bytes<4>;
-    k.read = read;
+    k.read = read, k.work = work;
     return k;
   }();
   return &kernels;

@@ -314,6 +314,16 @@ uint64_t read(const uint8_t* p, int64_t bytes) {
   return total;
 }
 
+double work(int64_t rounds) {
+  constexpr int kChains = 12;  // instructions under way at once, and more
+  __m512i s[kChains] = {}, a = _mm512_set1_epi8(3), b = _mm512_set1_epi8(-2);
+  for (int64_t i = 0; i < rounds; i++)
+    QN_UNROLL
+    for (int j = 0; j < kChains; j++) s[j] = _mm512_dpbusd_epi32(s[j], a, b);
+  for (const __m512i& v : s) asm volatile("" ::"v"(v));
+  return 2.0 * 64 * kChains * static_cast<double>(rounds);
+}
+
 }  // namespace
 
 const Kernels* avx512_kernels() {
@@ -324,7 +334,7 @@ const Kernels* avx512_kernels() {
     f[static_cast<int>(DType::INT4)] = product_panel_bytes<4>;
     k.many[static_cast<int>(DType::INT8)] = {8, unpack_panel<8, false>, multiply_many, false};
     k.many[static_cast<int>(DType::INT4)] = {8, unpack_panel<4, false>, multiply_many, false};
-    k.read = read;
+    k.read = read, k.work = work;
     return k;
   }();
   return &kernels;
