@@ -451,7 +451,7 @@ struct Engine::Impl {
   Outlook outlook() const;
   bool holds() const {  // the file, in memory of the process
     const bool cpu = parts[0].device->memory() == 0;
-    return options.mapped ? !*options.mapped && (cpu || offloads()) : cpu && qn::holds_file(file.size(), plan.kv + plan.state + plan.scratch, plan.ram);
+    return !options.mapped.value_or(false) && (cpu || (offloads() && options.mapped)) && qn::holds_file(file.size(), cpu ? plan.kv + plan.state + plan.scratch : 0, plan.ram, options.mapped.has_value());
   }
   bool offloads() const { return std::ranges::any_of(parts, [](const Part& p) { return p.slots > 0; }); }
 
@@ -523,7 +523,7 @@ Engine Engine::open(const std::string& path, const Options& options, const Progr
       if (progress) progress(what, done, total);
     };
   };
-  if (e->holds()) e->loaded = {e->file.size(), threads, e->file.hold(threads, report("reading")), 0, 0, 0};
+  if (const double s = e->holds() ? e->file.hold(threads, options.mapped.has_value(), report("reading")) : 0; s > 0) e->loaded = {e->file.size(), threads, s, 0, 0, 0};
   for (size_t i = 0; i < e->parts.size(); i++)
     if (Device& d = *e->parts[i].device; d.memory()) d.reserve_weights(e->parts[i].placed);
   qn::Loader loader(e->file);

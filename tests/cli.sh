@@ -157,6 +157,7 @@ has "--stop" '"finish":"stop"' "$tmp/json"
 # guesses change nothing but the time
 same "--no-draft" "$answer" "$(say -p "$question" --no-draft)"
 same "--no-mmap" "$answer" "$(say -p "$question" --no-mmap)"
+refused 1 "no-mmap.*may be used" "$cli" -m "$m" --device cpu --ram 2G --ctx 512 --no-mmap -p x
 same "--mmap" "$answer" "$(say -p "$question" --mmap)"
 story=$(say -p "Tell me a story." -n 60 --draft 3 -v)
 same "--draft 3 and none" "$story" "$(say -p "Tell me a story." -n 60 --draft 0)"

@@ -233,6 +233,7 @@ TEST_CASE("plan: a CPU holds the file itself when that leaves memory for all els
   CHECK(!holds_file(40 * kGiB, 3 * kGiB, 45 * kGiB - 1));
   CHECK(!holds_file(40 * kGiB, 50 * kGiB, 45 * kGiB));
   CHECK(!holds_file(UINT64_MAX, UINT64_MAX, UINT64_MAX));
+  CHECK_THROWS_WITH_AS(holds_file(40 * kGiB, 3 * kGiB, 44 * kGiB, true), doctest::Contains("--no-mmap: the file takes 40.0 GiB"), Error);
 }
 
 TEST_CASE("plan: what memory of the host must hold is said, and only when the device does not hold it all") {

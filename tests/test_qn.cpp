@@ -323,7 +323,7 @@ TEST_CASE("qn: held in memory, the same bytes; a file that was cut is an error, 
   for (const int threads : {1, 3}) {
     QnFile held = QnFile::open(path);
     uint64_t last = 0;
-    held.hold(threads, [&](uint64_t done, uint64_t total) {
+    held.hold(threads, true, [&](uint64_t done, uint64_t total) {
       CHECK((done >= last && done <= total && total == held.size()));
       last = done;
     });
@@ -335,7 +335,7 @@ TEST_CASE("qn: held in memory, the same bytes; a file that was cut is an error, 
   std::filesystem::copy_file(path, copy);
   QnFile cut = QnFile::open(copy);
   std::filesystem::resize_file(copy, cut.size() / 2);
-  CHECK_THROWS_WITH_AS(cut.hold(2), doctest::Contains("became shorter"), Error);
+  CHECK_THROWS_WITH_AS(cut.hold(2, false), doctest::Contains("became shorter"), Error);
 }
 
 TEST_CASE("qn: every flipped bit of header and directory is refused") {

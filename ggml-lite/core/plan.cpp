@@ -71,7 +71,13 @@ MemoryPlan plan_memory(const PlanRequest& r) {
 }
 
 bool pins_experts(uint64_t host, uint64_t ram) { return host > 0 && host + (2ull << 30) <= ram; }
-bool holds_file(uint64_t file, uint64_t planned, uint64_t ram) { return planned <= ram && file <= ram - planned && ram - planned - file >= 2ull << 30; }
+bool holds_file(uint64_t file, uint64_t planned, uint64_t ram, bool must) {
+  const bool room = planned <= ram && file <= ram - planned && ram - planned - file >= 2ull << 30;
+  if (must && !room)
+    fail("--no-mmap: the file takes %s of memory, beside %s and 2 GiB to spare, and %s may be used; leave it out", human_gib(file).c_str(),
+         human_gib(planned).c_str(), human_gib(ram).c_str());
+  return room;
+}
 
 std::vector<MemoryPlan> plan_devices(std::vector<PlanRequest> requests) {
   const bool several = requests.size() > 1;

@@ -51,8 +51,8 @@ std::vector<MemoryPlan> plan_devices(std::vector<PlanRequest> requests);
 bool pins_experts(uint64_t host, uint64_t ram);
 
 // Whether a CPU reads weights out of memory of the process, in huge pages, and not out of pages of the file: when `file` and what else is planned
-// leave 2 GiB of the `ram` that may be used.
-bool holds_file(uint64_t file, uint64_t planned, uint64_t ram);
+// leave 2 GiB of the `ram` that may be used. must: throws Error when they do not, for memory is never promised that is not there.
+bool holds_file(uint64_t file, uint64_t planned, uint64_t ram, bool must = false);
 
 // Bytes of a model in order: what lies before the layers is held by the first device, what lies behind them by the last.
 struct LayerBytes {

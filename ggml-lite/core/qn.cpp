@@ -378,11 +378,17 @@ void QnFile::verify(int threads, const std::function<void(uint64_t done, uint64_
   if (progress) progress(total, total);
 }
 
-double QnFile::hold(int threads, const std::function<void(uint64_t done, uint64_t total)>& progress) {
+double QnFile::hold(int threads, bool must, const std::function<void(uint64_t done, uint64_t total)>& progress) {
   constexpr uint64_t kPiece = 8ull << 20;  // whole huge pages: the thread that fills one has touched it first
   const uint64_t total = size();
   const auto start = std::chrono::steady_clock::now();
-  Arena memory(total);
+  Arena memory;
+  try {
+    memory = Arena(total);
+  } catch (const Error&) {
+    if (must) throw;
+    return 0;
+  }
   std::atomic<uint64_t> done = 0;
   Threads pool(threads);
   pool.run([&](int thread) {

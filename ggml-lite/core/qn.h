@@ -57,8 +57,9 @@ class QnFile {
   static QnFile open(const std::string& path);
 
   // In place of the mapping, all of the file in memory of this process, in huge pages where the system has them: a CPU reads it faster, by a
-  // third and more. What pointed into the mapping is void. progress is called by the caller's thread only. Returns the seconds it took.
-  double hold(int threads, const std::function<void(uint64_t done, uint64_t total)>& progress = {});
+  // third and more. What pointed into the mapping is void. progress is called by the caller's thread only. Returns the seconds it took; 0: the
+  // system refuses so much memory, and the mapping stays (must: then Error).
+  double hold(int threads, bool must, const std::function<void(uint64_t done, uint64_t total)>& progress = {});
 
   const std::string& path() const { return path_; }
   uint64_t size() const { return map_.bytes().size(); }

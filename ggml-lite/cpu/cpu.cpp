@@ -83,8 +83,8 @@ int probe_threads() {
   if (bytes < kLeastRead || all < 4) return cores;
   const Arena arena(bytes);
   std::vector<ThreadTrial> trials;
-  for (int n : {cores, all, std::max(1, cores * 3 / 4), std::max(1, cores / 2)})
-    if (std::ranges::find(trials, n, &ThreadTrial::threads) == trials.end()) trials.push_back({n, read_bandwidth(arena, n, !trials.empty())});
+  for (int n : {cores, all})  // fewer might read as fast, but prompts want all of them
+    if (trials.empty() || n != cores) trials.push_back({n, read_bandwidth(arena, n, !trials.empty())});
   return choose_threads(trials);
 }
 

@@ -26,8 +26,8 @@ double cpu_read_bandwidth(int threads, uint64_t most = uint64_t{1} << 30);
 // (INT8 and INT4 weights); 0: not known. Best of a few runs.
 double cpu_peak(int threads, Isa isa = Isa::Auto);
 
-// How many threads to use, where nobody says: as many as there are physical cores, unless another number reads memory by a tenth faster
-// (cores of two kinds; a machine whose memory a few saturate). Takes a quarter of a second; call it when gigabytes will be read.
+// How many threads to use, where nobody says: as many as there are physical cores, unless all hardware threads read memory by a tenth faster.
+// Reads half a gigabyte a few times; call it when many will be read.
 int probe_threads();
 struct ThreadTrial {
   int threads;
