@@ -36,6 +36,16 @@ inline void check(cudaError_t e, const char* what) {
   fail_with(e, "cuda:" + std::to_string(device), what);
 }
 
+// Of cuBLAS, the same: "<device>: <what>: <its function>: ..."
+inline void check_blas(cublasStatus_t s, const char* what, const char* call) {
+  if (s == CUBLAS_STATUS_SUCCESS) return;
+  int device = -1;
+  cudaGetDevice(&device);
+  const std::string message = format("cuda:%d: %s: %s: %s", device, what, call, cublasGetStatusString(s));
+  if (s == CUBLAS_STATUS_ALLOC_FAILED) throw Error(message);
+  throw DeviceLost(message);
+}
+
 // Launches `kernel` on the context's stream, after the kernels before it (overlapping where the context says so).
 template <class... Params, class... Args>
 void launch(const Context& c, const char* what, void (*kernel)(Params...), dim3 grid, dim3 block, size_t shared_bytes, Args&&... args) {

@@ -40,10 +40,6 @@ constexpr size_t kStaging = 1 << 20;       // pinned bytes through which small u
 constexpr size_t kUpload = 64 << 10;       // "small"
 constexpr uint64_t kPasses = 32;           // a caller may be fewer than this ahead
 
-void check_blas(cublasStatus_t s, const char* what) {
-  if (s != CUBLAS_STATUS_SUCCESS) fail("cuda: %s: %s", what, cublasGetStatusString(s));
-}
-
 // Where many tokens find experts that have no slot: two buffers, filled in turn by a stream of its own while the layer before computes.
 //
 //   copies:   wait until the buffer is free . records without a slot . table of addresses . filled
@@ -154,8 +150,8 @@ class CudaDevice final : public Device {
     context_.overlap = p.major >= 9 && code.ptxVersion >= 90;  // code for older architectures does not wait for what it overlaps
     context_.shared_max = p.sharedMemPerBlockOptin;
     check(cudaStreamCreateWithFlags(&context_.stream, cudaStreamNonBlocking), "cudaStreamCreate");
-    check_blas(cublasCreate(&context_.blas), "cublasCreate");
-    check_blas(cublasSetStream(context_.blas, context_.stream), "cublasSetStream");
+    check_blas(cublasCreate(&context_.blas), "cuBLAS", "cublasCreate");
+    check_blas(cublasSetStream(context_.blas, context_.stream), "cuBLAS", "cublasSetStream");
     check(cudaHostAlloc(&staging_, kStaging, cudaHostAllocDefault), "cudaHostAlloc");
     check(cudaEventCreateWithFlags(&asked_, cudaEventDisableTiming), "cudaEventCreate");
     for (cudaEvent_t& e : passes_) check(cudaEventCreateWithFlags(&e, cudaEventDisableTiming), "cudaEventCreate");
@@ -163,8 +159,8 @@ class CudaDevice final : public Device {
     check(cudaMemGetInfo(&free_at_start_, &total), "cudaMemGetInfo");
     fixed_ = static_cast<uint8_t*>(do_alloc(kBlasBytes + kCounters * 4, "cuBLAS workspace"));
     context_.counters = reinterpret_cast<uint32_t*>(fixed_ + kBlasBytes);
-    check_blas(cublasSetWorkspace(context_.blas, fixed_, kBlasBytes), "cublasSetWorkspace");
-    check_blas(cublasSetMathMode(context_.blas, CUBLAS_PEDANTIC_MATH), "cublasSetMathMode");
+    check_blas(cublasSetWorkspace(context_.blas, fixed_, kBlasBytes), "cuBLAS", "cublasSetWorkspace");
+    check_blas(cublasSetMathMode(context_.blas, CUBLAS_PEDANTIC_MATH), "cuBLAS", "cublasSetMathMode");
   }
   ~CudaDevice() override {
     cudaSetDevice(index_);

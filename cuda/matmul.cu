@@ -157,10 +157,6 @@ void prepare(const Context& c, const char* what, const Source& source, int64_t t
 
 // ---- step 2: the product --------------------------------------------------------------------------------------------------
 
-void check_blas(cublasStatus_t s, const char* what, const char* call) {
-  if (s != CUBLAS_STATUS_SUCCESS) fail("cuda: %s: %s: %s", what, call, cublasGetStatusString(s));
-}
-
 // out (rows, K) fp32 = rows `first` .. of a BF16, INT8 or INT4 matrix. A thread decodes 8 neighbours of a row, which lie together in
 // every format.
 __global__ void __launch_bounds__(256) decode_rows_k(Tensor w, int64_t first, int64_t rows, float* out) {

@@ -174,7 +174,7 @@ if wanted fault; then
       : >"$out/fault-answer"
       set --
       [ $slots = all ] || set -- --slots $slots
-      QNEXT_FAULT=${broken:-0}:$out/fault-answer LD_PRELOAD=$bin/libqnext-fault.so timeout 120 "$bin/qnext-cli" --device "$device" \
+      timeout 120 env QNEXT_FAULT="${broken:-0}:$out/fault-answer" LD_PRELOAD="$bin/libqnext-fault.so" "$bin/qnext-cli" --device "$device" \
         -m "${model:-$stories-int4.qn}" --raw -p "Once upon a time" -n 4096 --temp 0 "$@" >"$out/fault-answer" 2>"$out/fault.log"
       code=$?
       line=$(grep '^qnext-cli: ' "$out/fault.log")

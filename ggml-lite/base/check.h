@@ -13,7 +13,7 @@ class Error : public std::runtime_error {
   using std::runtime_error::runtime_error;
 };
 
-class DeviceLost : public Error {  // a device failed in its work: nothing can be asked of it again
+class DeviceLost : public Error {  // a device failed in its work: nothing it did since can be relied on, nor anything it will be asked
  public:
   using Error::Error;
 };

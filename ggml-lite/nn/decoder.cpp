@@ -76,6 +76,8 @@ void Decoder::choose_on_host() {
     int32_t id;
     try {
       id = choose_(download(rows_ ? m_.logits.f32(row) : last_logits()), *timeline_, timeline_->size());
+    } catch (const DeviceLost&) {
+      throw;
     } catch (const Error&) {  // it is that token which cannot be chosen, and those before it can be had
       if (row == 0) throw;
       failed_ = true;
@@ -110,6 +112,8 @@ void Decoder::collect() {
     ready_.push_back(first.id);
     for (int i = 1; i <= first.more && !failed_; i++) try {
         ready_.push_back(m_.chooser->wait(at + i).id);
+      } catch (const DeviceLost&) {
+        throw;
       } catch (const Error&) {  // it is there, and says that nothing could be chosen
         failed_ = true;
       }
@@ -197,6 +201,8 @@ int32_t Decoder::host_guess(int index) {  // the token known() + index
   int32_t id = 0;
   try {
     id = choose_(download(m_.logits.f32(m_.rows())), history, static_cast<uint64_t>(known() + index));
+  } catch (const DeviceLost&) {
+    throw;
   } catch (const Error&) {  // a guess like any other
   }
   history.resize(size);
