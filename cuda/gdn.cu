@@ -88,7 +88,7 @@ __global__ void __launch_bounds__(kThreads, 1) delta_net_few_k(const Delta a) {
     w[0] = taps(a, q0 + tid), w[1] = taps(a, k0 + tid), w[2] = taps(a, v0 + my_column);
     // Where the last pass was right in part, S begins inside of it. That place may be yet to be written here; then the wrong one is prefetched.
     const int from = a.states ? load_past_l1(&a.step->from) : 0;
-    const float* const soon = from > 0 && from < kFewTokens ? a.states + (from - 1) * all_s : a.state;
+    const float* const soon = from > 0 && from <= a.kept ? a.states + (from - 1) * all_s : a.state;
 #pragma unroll
     for (int i = 0; i < kColumns; i += 8) prefetch_l2(soon + (static_cast<int64_t>(head) * dk + tid) * a.dv + column + i);
     if (a.slots == 4) {  // warp: slot
@@ -471,6 +471,7 @@ void delta_net(const Context& c, const DeltaNetArgs& args) {
   a.neg_a = args.neg_a.f32(), a.dt_bias = args.dt_bias.f32();
   a.ring = args.conv_ring.f32(), a.state = args.state.f32(), a.states = args.states.f32(), a.o = args.o.f32(), a.step = args.step;
   a.tokens = static_cast<int>(args.qkv.rows()), a.slots = static_cast<int>(args.conv_ring.rows());
+  a.kept = args.states ? static_cast<int>(args.states.shape[0]) : 0;
   a.gk = args.key_heads, a.gv = args.value_heads;
   a.dk = static_cast<int>(args.state.shape[1]), a.dv = static_cast<int>(args.state.shape[2]);
   for (const void* p : {a.conv, static_cast<const void*>(a.state), static_cast<const void*>(a.states), static_cast<const void*>(a.o)})

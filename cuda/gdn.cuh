@@ -17,7 +17,7 @@ struct Delta {
   float* states; // (slots, GV, DK, DV) or null: see DeltaNetArgs
   float* o;      // (T, GV*DV)
   const StepParams* step;
-  int tokens, slots, gk, gv, dk, dv;
+  int tokens, slots, kept, gk, gv, dk, dv;  // kept: slots of `states`
   bool conv_bf16, ring_inside;  // ring_inside: the kernel for few tokens stores the new inputs
   __device__ int64_t channels() const { return 2 * gk * dk + gv * dv; }
 };

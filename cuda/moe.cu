@@ -184,7 +184,7 @@ __global__ void __launch_bounds__(kMaxTeams * kTeam * 32, 1) moe_gate_up_few_k(c
     S::copy(a.w, a.where ? a.where[e] : a.w.data + e * a.stride, u % a.panels, s, slab);
   };
   if (unit < units && part < a.slabs) copy(unit, part);
-  if (unit + stride >= units) let_next_start();  // behind the last copy: its weights would come in the way of ours
+  if (unit + stride >= units) let_next_start();  // a team asks for its last panel: before, the next one's weights would come in the way
   if (blockIdx.x == 0)
 #pragma unroll 1
     for (int t = warp; t < a.tokens; t += warps)

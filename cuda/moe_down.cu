@@ -15,6 +15,8 @@
 // It may read the logits before its own wait_for_previous(): it starts when every block of gate_up has called let_next_start(), which they do
 // behind their wait, so the router, which ended before that wait did, is over and its writes are in the L2 cache. The loads go there, past
 // the L1 cache (load_past_l1()), which may hold what the logits were a layer ago. Nothing writes logits again before this kernel has ended.
+// (The programming model promises visibility only behind the wait; that a kernel which has ended has written to the L2 cache is how the
+// hardware works.) A caller that gives logits vouches that gate_up was the operation before.
 #include <algorithm>
 
 #include "cuda/moe_slab.cuh"
@@ -418,7 +420,7 @@ void moe_few_down(const Context& c, const MoeDownArgs& args) {
   };
   if (plain(args.act, args.experts) && f == QuickSlab::kWidth && a.chosen <= kMaxChoices / kFewTokens && args.experts.count < 1 << 15) {
     // Up to 4 tokens: what has room beside gate_up (measured: of 8 to 16 warps with 1 or 2 slabs)
-    const bool early = args.logits && moe_gate_up_waits_first(c, a.d, args.experts.count, a.chosen);
+    const bool early = args.logits && !a.where && moe_gate_up_waits_first(c, a.d, args.experts.count, a.chosen);
     QuickDown q{a, early ? args.logits.f32() : nullptr, args.experts.count, a.tokens > 4 ? 2 : 1, 0, 0, 0, 0, 0};
     q.down.choice_warps = std::clamp(a.choices, kSumWarps, a.tokens > 4 ? 12 : a.tokens > 1 ? 10 : kMaxChoiceWarps);
     while (lay_out(q) > room && q.at_once > 1) q.at_once--;
