@@ -317,6 +317,7 @@ uint64_t read(const uint8_t* p, int64_t bytes) {
 double work(int64_t rounds) {
   constexpr int kChains = 12;  // instructions under way at once, and more
   __m512i s[kChains] = {}, a = _mm512_set1_epi8(3), b = _mm512_set1_epi8(-2);
+  for (__m512i& v : s) asm volatile("" : "+v"(v));  // equal sums would be one sum to the compiler
   for (int64_t i = 0; i < rounds; i++)
     QN_UNROLL
     for (int j = 0; j < kChains; j++) s[j] = _mm512_dpbusd_epi32(s[j], a, b);
