@@ -13,6 +13,11 @@ class Error : public std::runtime_error {
   using std::runtime_error::runtime_error;
 };
 
+class NoChoice : public Error {  // of the next token
+ public:
+  NoChoice() : Error("sampling: no token can be chosen: every logit is NaN, -inf or of an id without a token") {}
+};
+
 class DeviceLost : public Error {  // a device failed in its work: nothing it did since can be relied on, nor anything it will be asked
  public:
   using Error::Error;

@@ -51,7 +51,7 @@ Chosen Chooser::wait(int position) const {
   for (uint64_t n = 1;; n++) {
     const uint64_t v = slot.load(std::memory_order_acquire);
     if (here(v)) {
-      if (static_cast<uint32_t>(v) == UINT32_MAX) fail("sampling: no token can be chosen: every logit is NaN, -inf or of an id without a token");
+      if (static_cast<uint32_t>(v) == UINT32_MAX) throw NoChoice();
       return {static_cast<int32_t>(v & ((1u << kMailIdBits) - 1)), static_cast<int>(static_cast<uint32_t>(v) >> kMailIdBits)};
     }
     // A device that failed never writes; asking it costs more than looking.

@@ -65,20 +65,21 @@ std::span<const float> Decoder::download(const float* logits) {
 
 // ---- what was chosen ----------------------------------------------------------------------------------------------------
 
+namespace {
+struct Restore {  // the timeline, which grows while one chooses
+  std::vector<int32_t>& v;
+  size_t size;
+  ~Restore() { v.resize(size); }
+};
+}  // namespace
+
 void Decoder::choose_on_host() {
-  const size_t size = timeline_->size();
-  struct Restore {
-    std::vector<int32_t>& v;
-    size_t size;
-    ~Restore() { v.resize(size); }
-  } const restore{*timeline_, size};
+  const Restore restore{*timeline_, timeline_->size()};
   for (int row = 0; row < std::max(rows_, 1); row++) {
     int32_t id;
     try {
       id = choose_(download(rows_ ? m_.logits.f32(row) : last_logits()), *timeline_, timeline_->size());
-    } catch (const DeviceLost&) {
-      throw;
-    } catch (const Error&) {  // it is that token which cannot be chosen, and those before it can be had
+    } catch (const NoChoice&) {  // it is that token, and those before it can be had
       if (row == 0) throw;
       failed_ = true;
       return;
@@ -104,7 +105,7 @@ void Decoder::win_by_lottery() {
 }
 
 void Decoder::collect() {
-  if (failed_) fail("sampling: no token can be chosen: every logit is NaN, -inf or of an id without a token");
+  if (failed_) throw NoChoice();
   const int at = static_cast<int>(timeline_->size());
   if (lottery_ >= 0) m_.pipeline->wait();  // mail for this position may be there from a pass whose choice did not count
   if (m_.chooser) {
@@ -112,9 +113,7 @@ void Decoder::collect() {
     ready_.push_back(first.id);
     for (int i = 1; i <= first.more && !failed_; i++) try {
         ready_.push_back(m_.chooser->wait(at + i).id);
-      } catch (const DeviceLost&) {
-        throw;
-      } catch (const Error&) {  // it is there, and says that nothing could be chosen
+      } catch (const NoChoice&) {
         failed_ = true;
       }
   } else {
@@ -195,17 +194,14 @@ void Decoder::run_late(int rows, bool guess) {
 
 int32_t Decoder::host_guess(int index) {  // the token known() + index
   std::vector<int32_t>& history = *timeline_;
-  const size_t size = history.size();
+  const Restore restore{history, history.size()};
   history.insert(history.end(), ready_.begin(), ready_.end());
   history.insert(history.end(), guesses_.begin(), guesses_.end());
   int32_t id = 0;
   try {
     id = choose_(download(m_.logits.f32(m_.rows())), history, static_cast<uint64_t>(known() + index));
-  } catch (const DeviceLost&) {
-    throw;
-  } catch (const Error&) {  // a guess like any other
+  } catch (const NoChoice&) {  // a guess like any other
   }
-  history.resize(size);
   return id;
 }
 

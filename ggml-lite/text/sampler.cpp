@@ -128,10 +128,6 @@ void Sampler::sort_more() {
   sorted_ += n;
 }
 
-[[noreturn]] static void nothing_to_choose(size_t n) {
-  fail("sampling: none of %zu tokens can be chosen: every logit is NaN, -inf or of an id without a token", n);
-}
-
 int32_t Sampler::next(std::span<const float> logits, std::span<const int32_t> history, size_t answer, uint64_t position) {
   const bool penalties = params_.repetition_penalty != 1 || params_.presence_penalty != 0 || params_.frequency_penalty != 0;
   if (penalties) {
@@ -140,12 +136,12 @@ int32_t Sampler::next(std::span<const float> logits, std::span<const int32_t> hi
   }
   if (params_.temperature == 0) {
     const int32_t best = argmax(logits, allowed_);
-    if (best < 0 || logits[best] == -INFINITY) nothing_to_choose(logits.size());
+    if (best < 0 || logits[best] == -INFINITY) throw NoChoice();
     return best;
   }
 
   gather(logits);
-  if (keys_.empty()) nothing_to_choose(logits.size());
+  if (keys_.empty()) throw NoChoice();
   const double top = logit_of(*std::min_element(keys_.begin(), keys_.end())), temperature = params_.temperature;
   const auto weight = [&](size_t i) {  // proportional to the probability, 1 for the best; +inf logits share everything
     const double v = logit_of(keys_[i]);

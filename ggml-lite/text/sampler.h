@@ -32,7 +32,7 @@ class Sampler {
   // history: prompt and answer so far, oldest first; its last `answer` tokens are the answer. The repetition penalty looks at all
   // of it, presence and frequency at the answer only: a long chat must not be kept from ending its turns.
   // position: of the token to be drawn.
-  // Logits of NaN and -inf are never chosen; if nothing can be chosen, throws Error.
+  // Logits of NaN and -inf are never chosen; if nothing can be chosen, throws NoChoice.
   int32_t next(std::span<const float> logits, std::span<const int32_t> history, size_t answer, uint64_t position);
 
  private:
