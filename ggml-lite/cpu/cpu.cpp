@@ -70,22 +70,13 @@ double cpu_peak(int threads, Isa isa) {
   return best;
 }
 
-int choose_threads(std::span<const ThreadTrial> trials) {
-  const ThreadTrial* best = &trials[0];
-  for (const ThreadTrial& t : trials)
-    if (t.speed > best->speed) best = &t;
-  return best->speed > 1.1 * trials[0].speed ? best->threads : trials[0].threads;
-}
-
 int probe_threads() {
   const int cores = default_threads(), all = usable_processors();
   const uint64_t bytes = read_size(uint64_t{512} << 20);
-  if (bytes < kLeastRead || all < 4) return cores;
+  if (all == cores || bytes < kLeastRead) return cores;
   const Arena arena(bytes);
-  std::vector<ThreadTrial> trials;
-  for (int n : {cores, all})  // fewer might read as fast, but prompts want all of them
-    if (trials.empty() || n != cores) trials.push_back({n, read_bandwidth(arena, n, !trials.empty())});
-  return choose_threads(trials);
+  const double by_cores = read_bandwidth(arena, cores, false);
+  return read_bandwidth(arena, all, true) > 1.1 * by_cores ? all : cores;
 }
 
 namespace cpu {

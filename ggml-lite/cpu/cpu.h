@@ -1,7 +1,6 @@
 // The fast CPU device: own thread pool, AVX-512 (VNNI, BF16 if there), AVX2 or scalar kernels chosen at run time.
 #pragma once
 #include <memory>
-#include <span>
 #include <string>
 
 #include "ggml-lite/base/threads.h"
@@ -29,10 +28,5 @@ double cpu_peak(int threads, Isa isa = Isa::Auto);
 // How many threads to use, where nobody says: as many as there are physical cores, unless all hardware threads read memory by a tenth faster.
 // Reads half a gigabyte a few times; call it when many will be read.
 int probe_threads();
-struct ThreadTrial {
-  int threads;
-  double speed;
-};
-int choose_threads(std::span<const ThreadTrial> trials);  // the first is preferred
 
 }  // namespace qn
