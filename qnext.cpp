@@ -450,8 +450,8 @@ struct Engine::Impl {
   int threads() const { return options.threads > 0 ? options.threads : qn::default_threads(); }
   Outlook outlook() const;
   bool holds() const {  // the file, in memory of the process
-    const bool cpu = parts[0].device->memory() == 0;
-    return !options.mapped.value_or(false) && (cpu || (offloads() && options.mapped)) && qn::holds_file(file.size(), cpu ? plan.kv + plan.state + plan.scratch : 0, plan.ram, options.mapped.has_value());
+    const bool cpu = parts[0].device->memory() == 0, asked = options.mapped == false, may = cpu || (asked && offloads());
+    return may && options.mapped != true && qn::holds_file(file.size(), cpu ? plan.kv + plan.state + plan.scratch : 0, plan.ram, asked);
   }
   bool offloads() const { return std::ranges::any_of(parts, [](const Part& p) { return p.slots > 0; }); }
 

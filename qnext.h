@@ -53,7 +53,7 @@ struct Options {
   int slots = 0;                    // experts of every layer on the GPU, where not all fit; 0: as many as there is room for
   int fetch = 25;                   // experts that are not on the GPU: percent of those a token needs that it fetches; the CPU computes the others
   Verify verify = Verify::Auto;
-  std::optional<bool> mapped;       // weights that the CPU computes with stay pages of the file; default: where they have no room in memory of ours
+  std::optional<bool> mapped;       // what the CPU reads stays pages of the file; default: without a GPU where memory has no room for it, with one always
   bool graph = true;                // GPU: decode is one recording, replayed
   int draft = -1;                   // tokens guessed ahead of each pass: 0 to 7; -1: as many as pay. The text is the same
   bool mtp = false;                 // run the multi-token-prediction layer along, if the file has one, also without guessing (for its logits)

@@ -31,8 +31,8 @@ struct EarlyLogits {  // of a kernel that has not waited yet
   __device__ float operator()(int e) const { return load_past_l1(at + e); }
 };
 
-// The top `chosen` of E logits, best first, equal ones in order of their index; by one warp. logit(e): that of expert e. ids (chosen) and list (32) are in
-// shared memory; false: there were too many candidates, nothing is chosen.
+// The top `chosen` of E logits, best first, equal ones in order of their index; by one warp. logit(e): that of expert e. ids (chosen)
+// and list (32) are in shared memory; false: there were too many candidates, nothing is chosen.
 // At least `chosen` lanes have a maximum that is not below the chosen-th largest of the 32 maxima, so the answer is among the keys
 // from there on: hardly ever more than a dozen or two. Each finds its own place by counting those before it.
 template <class Logit>

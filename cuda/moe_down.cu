@@ -18,6 +18,7 @@
 // (The programming model promises visibility only behind the wait; that a kernel which has ended has written to the L2 cache is how the
 // hardware works.) A caller that gives logits vouches that gate_up was the operation before.
 #include <algorithm>
+#include <utility>
 
 #include "cuda/moe_slab.cuh"
 
@@ -40,7 +41,7 @@ struct Down {
   const float* inner;         // (T*K, F)
   Matrix w;                   // down (D, F) of expert 0
   int64_t stride;             // bytes from expert to expert
-  const uint8_t* const* where; // (E) or null: as above,
+  const uint8_t* const* where;  // (E) or null: where the experts are instead (null there: computed elsewhere),
   int64_t down_offset;        // and where in the record `down` is
   const float* shared;        // (T, FS)
   const float* shared_scale;  // (T)
@@ -79,6 +80,7 @@ QN_HD constexpr int stage_bytes(int slabs, int columns, int pitch) {
 QN_HD constexpr int choice_stage(int columns) { return stage_bytes(1, columns, kStagePitch); }
 QN_HD constexpr int shared_stage(int columns) { return stage_bytes(kSharedSlabs, columns, kSharedPitch); }
 static_assert(kMaxColumns * sizeof(Column) % 16 == 0 && kStageSlab % 16 == 0 && kStagePitch % 8 == 0 && kSharedPitch % 8 == 0);
+
 template <class S>
 struct Row {  // the part of a row of activations that meets a slab
   float4 v[S::kChunks];
@@ -186,7 +188,7 @@ __device__ __forceinline__ void down_shared(const Down& a, int warp, int panel, 
 }
 
 // The end of both kernels: results of choices (T, K * slabs, 16) and of the shared expert (T, shared_slabs, 16) are added to h, which the thread
-// has asked for. By the choice warps' threads, one for each output.
+// has asked for. By all threads of the block; the first ones have an output each.
 __device__ __forceinline__ void add_up(const Down& a, int panel, const float* choices, const float* others, const float* h) {
   const int t = static_cast<int>(threadIdx.x) / kPanelRows, r = static_cast<int>(threadIdx.x) % kPanelRows;
   copy_async_wait<0>();
@@ -363,29 +365,26 @@ auto down_kernel(DType shared) {
   return shared == DType::INT8 ? moe_down_few_k<W, DType::INT8> : moe_down_few_k<W, DType::BF16>;
 }
 
-// Where things lie from `at` on, behind the slabs; returns the end.
-int lay_out(Down& a, int at) {
-  auto take = [&](int bytes) {
-    const int begin = at;
-    at = count(round_up(at + bytes, 16));
-    return begin;
-  };
-  a.shared_stages = take(a.shared_warps * shared_stage(a.columns));
-  a.results = take(a.tasks * kPanelRows * 4), a.shared_results = take(a.tokens * a.shared_slabs * kPanelRows * 4);
-  a.h_at = take(a.tokens * kPanelRows * 4);
-  return at;
+struct SharedMemory {  // of a block, cut from its begin on
+  int end = 0;
+  int take(int bytes) { return std::exchange(end, count(round_up(end + bytes, 16))); }
+};
+
+// Where things lie behind the slabs of the choice warps; returns the end.
+int lay_out(Down& a, int slab_bytes) {
+  SharedMemory s;
+  s.take(slab_bytes);
+  a.shared_stages = s.take(a.shared_warps * shared_stage(a.columns));
+  a.results = s.take(a.tasks * kPanelRows * 4), a.shared_results = s.take(a.tokens * a.shared_slabs * kPanelRows * 4);
+  a.h_at = s.take(a.tokens * kPanelRows * 4);
+  return s.end;
 }
 int lay_out(QuickDown& q) {
   Down& a = q.down;
-  int at = lay_out(a, a.choice_warps * q.at_once * a.w.panel_bytes);
-  auto take = [&](int bytes) {
-    const int begin = at;
-    at = count(round_up(at + bytes, 16));
-    return begin;
-  };
-  q.x = take(a.choices * kQuickPitch * 2), q.weights = take(a.choices * 4), q.ids = take(a.choices * 4), q.order = take(a.choices * 4);
-  q.list = take(q.logits ? a.tokens * 32 * static_cast<int>(sizeof(Candidate)) : 0);
-  return at;
+  SharedMemory s{lay_out(a, a.choice_warps * q.at_once * a.w.panel_bytes)};
+  q.x = s.take(a.choices * kQuickPitch * 2), q.weights = s.take(a.choices * 4), q.ids = s.take(a.choices * 4), q.order = s.take(a.choices * 4);
+  q.list = s.take(q.logits ? a.tokens * 32 * static_cast<int>(sizeof(Candidate)) : 0);
+  return s.end;
 }
 
 }  // namespace

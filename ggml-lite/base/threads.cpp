@@ -78,7 +78,6 @@ double cgroup_processors() {
 // Takes threads out of a barrier that one of them will never reach
 struct Abandoned {};
 
-
 }  // namespace
 
 int usable_processors() {
