@@ -97,6 +97,7 @@ __global__ void __launch_bounds__(kThreads, 1) delta_net_few_k(const Delta a) {
     }
   }
   const float neg_a = a.neg_a[head], dt_bias = a.dt_bias[head];
+  let_next_start();  // S is on its way; what the next one reads has the time that this one computes
   if (tid < 4) prefetch_l2(tid == 0 ? a.qkv : tid == 1 ? a.ba : tid == 2 ? a.o : reinterpret_cast<const float*>(a.step));
   wait_for_previous();
 
@@ -121,7 +122,6 @@ __global__ void __launch_bounds__(kThreads, 1) delta_net_few_k(const Delta a) {
 #pragma unroll
         for (int i = 0; i < Rows; i++) s[i] = *row_of(begin, i);
       }
-      let_next_start();  // whose weights would have come in the way of these
       if (d == tid && has_gate) gate[kThreads - 1 - tid] = gates(b, decay, neg_a, dt_bias);
       in.choose(a, pos, first);
       const auto& x = in.x;

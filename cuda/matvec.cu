@@ -1,11 +1,14 @@
 // Products of at most 8 tokens, weights BF16, INT8 or INT4, activations rounded to BF16 or INT8: bound by reading the weights.
 //
 // Tensor cores do the sums: the weights are operand A (a panel of 16 rows), the tokens are the 8 columns of operand B, so that 1 to 8
-// tokens cost the same. One block for each multiprocessor takes panels b, b + grid, ... A panel comes in chunks of K, about 16 KB each,
+// tokens cost the same. One block for each multiprocessor takes panels b, b + grid, ... A panel comes in chunks of K, 16 or 32 KB each,
 // through a ring of slots in shared memory:
 //
 //   chunk    | units of warp 0 | units of warp 1 | ... | of warp 7 |     a unit is what a warp computes at once: BF16 64 k, else 128 k
-//   BF16     512 k: 16 rows of 1 KB, each with 64 bytes of padding       INT8 1024 k, INT4 2048 k: tiles, then the scales of the groups
+//   BF16     1024 k: 16 rows of 2 KB, each with 64 bytes of padding      INT8 1024 k, INT4 2048 k: tiles, then the scales of the groups
+//
+// (A multiprocessor begins one copy in about 46 ns, whatever its size: with 1 KB of a row they were all together no faster than 3.1 TB/s even from
+// the L2 cache, with 2 KB 6 TB/s. Measured on H100.)
 //
 //   a ninth warp, the producer, fills the slots from before wait_for_previous() on, then keeps them full: weights stream in while the kernel
 //   before ends and while the prologue computes the norm. full[slot]: a chunk is there; empty[slot]: all 8 warps have used it.
@@ -31,11 +34,12 @@ namespace {
 
 constexpr int kWarps = kMatvecWarps, kConsumers = kMatvecThreads, kThreads = kConsumers + 32;
 constexpr int kMaxSlots = 8;
-constexpr int early(DType w) { return w == DType::BF16 ? 4 : 2; }  // chunks under way while the kernel before is at work (measured)
+constexpr int max_slots(DType w) { return w == DType::BF16 ? 4 : kMaxSlots; }
+constexpr int kEarly = 2;  // chunks under way while the kernel before is at work (measured)
 
 constexpr int unit_loads(DType w) { return w == DType::INT4 ? 2 : 4; }
 constexpr int unit_k(DType w) { return w == DType::BF16 ? 64 : 128; }
-constexpr int chunk_k(DType w) { return w == DType::BF16 ? 512 : w == DType::INT8 ? 1024 : 2048; }
+constexpr int chunk_k(DType w) { return w == DType::INT4 ? 2048 : 1024; }
 // BF16: a row of a chunk, and 64 bytes so that 16-byte loads of the fragments of two rows share no bank
 constexpr int kRowPitch = chunk_k(DType::BF16) * 2 + 64;
 constexpr int tile_bytes(DType w) { return chunk_k(w) / tile_k(w) * kTileBytes; }  // of a chunk
@@ -58,6 +62,7 @@ struct Matvec {
   int64_t ldy = 0;
   ExactRows exact[2];
   float* normed = nullptr;
+  int signal = 0;          // of one task for each block: chunks to ask for before the next kernel may start
   int slots = 0, chunks = 0, exact_chunks = 0;  // chunks: of a panel, of exact rows
   int barriers = 0, x = 0, x_scale = 0, x_sum = 0, x_exact = 0, partial = 0, squares = 0, inverse = 0, bytes = 0;  // offsets in shared memory
 };
@@ -128,8 +133,8 @@ __device__ __forceinline__ void produce(const Matvec& m, uint8_t* shared) {
     const bool panel = task < m.panels;
     const int chunks = panel ? m.chunks : m.exact_chunks;
     for (int c = 0; c < chunks; c++, n++, at.next(m.slots)) {
-      if (n >= early(W) && n < m.slots) wait_barrier(full + n - early(W), 0);
-      if (n == m.slots && m.tasks <= static_cast<int>(gridDim.x)) let_next_start();  // nearly everything has been asked for
+      if (n == m.signal && m.tasks <= static_cast<int>(gridDim.x)) let_next_start();
+      if (n >= kEarly && n < m.slots) wait_barrier(full + n - kEarly, 0);
       wait_barrier(empty + at.slot, (at.phase + 1) & 1);
       uint8_t* to = shared + at.slot * slot_bytes(W);
       if (!panel) {
@@ -488,6 +493,9 @@ bool matvec_fast(const Context& c, const char* what, const Product& p) {
   }
   m.tasks = m.panels + static_cast<int>((exact_rows + kWarps - 1) / kWarps);
 
+  // Behind what is small there is time for the next one's weights from the begin on, else for what is left when half of ours is asked for
+  m.signal = p.exact[0].w ? 0 : 2;
+
   int tokens = m.in.tokens;  // of one launch
   auto fits = [&](int slots) { return lay_out(m, w, p.act, tokens, slots), static_cast<size_t>(m.bytes) <= c.shared_max; };
   while (tokens > 0 && !fits(2)) tokens--;
@@ -495,7 +503,7 @@ bool matvec_fast(const Context& c, const char* what, const Product& p) {
   for (int first = 0; first < p.in.tokens; first += tokens) {
     const int n = std::min(tokens, p.in.tokens - first);
     // No more than a block uses, and if it has one task only, room for the next kernel's beside it
-    int slots = m.tasks <= c.sms ? std::min(std::max(m.chunks, m.exact_chunks), kMaxSlots - 1) : kMaxSlots;
+    int slots = m.tasks <= c.sms ? std::min(std::max(m.chunks, m.exact_chunks), max_slots(w)) : max_slots(w);
     while (lay_out(m, w, p.act, n, slots), static_cast<size_t>(m.bytes) > c.shared_max) slots--;
     if (w == DType::BF16) launch_matvec<DType::BF16>(c, what, m, p.act);
     else if (w == DType::INT8) launch_matvec<DType::INT8>(c, what, m, p.act);

@@ -305,8 +305,8 @@ __global__ void __launch_bounds__(kBounds, 1) moe_down_quick_k(const __grid_cons
   int ahead = next(warp);
 #pragma unroll 1
   for (int room = 0; room < q.at_once && ahead < a.choices; room++) ask(ahead, room), ahead = next(ahead + a.choice_warps);
-  if (early) wait_for_previous();
   if (ahead >= a.choices) let_next_start();  // whose weights would have come in the way of ours
+  if (early) wait_for_previous();
   ask_for_h(a, panel, h);
   if (tid < a.choices) weights[tid] = a.weights[tid];
   constexpr int kBatch = 8;  // loads of a lane at once
