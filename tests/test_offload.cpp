@@ -145,6 +145,10 @@ TEST_CASE("offload: the host's part on every instruction set") {
         const Floats alone = pairs_on(*make_cpu_device(2, isa), r.e, act, 1, {0, 0, 0}, {5, 1, 7});
         Floats all = pairs_on(*make_cpu_device(2, isa), r.e, act, 2, {0, 0, 0, 1, 1}, {5, 1, 7, 5, 0});
         CHECK(std::equal(alone.begin(), alone.end(), all.begin()));
+        for (int threads : {1, 3, 20}) CHECK(alone == pairs_on(*make_cpu_device(threads, isa), r.e, act, 1, {0, 0, 0}, {5, 1, 7}));
+        // with an expert twice
+        const Floats twice = pairs_on(*make_cpu_device(3, isa), r.e, act, 1, {0, 0, 0}, {5, 1, 5});
+        CHECK(close(pairs_on(*make_ref_device(), r.e, act, 1, {0, 0, 0}, {5, 1, 5}), twice, act == Act::F32 ? 1e-10 : 1e-6, 1));
       }
     }
 }

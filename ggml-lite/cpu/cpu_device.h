@@ -88,6 +88,15 @@ class CpuDevice final : public Device {
     const int count = ranges(n, per_thread);
     for (int64_t i = first < 0 ? threads_.next_task() : first; i < count; i = threads_.next_task()) body(share(n, static_cast<int>(i), count));
   }
+  // The same, but thread i begins with range i, so that it knows what it will read before there is anything to do. `taken`: how many tasks the
+  // lists before this one in the same run() took, each of them followed by a barrier; returns how many they are with this one: a thread
+  // leaves with the first number that is no range, so every list takes as many as it has ranges.
+  template <class Body>
+  int64_t spread_from(int thread, int64_t n, int per_thread, int64_t taken, Body body) {
+    const int count = ranges(n, per_thread), threads = threads_.size();
+    for (int64_t i = thread; i < count; i = threads + threads_.next_task() - taken) body(share(n, static_cast<int>(i), count));
+    return taken + count;
+  }
   int ranges(int64_t n, int per_thread) const {
     return static_cast<int>(std::min<int64_t>(n, threads_.size() == 1 ? 1 : per_thread * threads_.size()));
   }

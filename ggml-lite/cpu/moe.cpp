@@ -199,11 +199,13 @@ void CpuDevice::do_moe_down(const MoeDownArgs& a) {
   });
 }
 
-// gate_up and down of any pairs, in one parallel region
+// gate_up and down of any pairs, in one parallel region. It is what a GPU waits for, once per layer, for less than 0.1 ms, so every barrier
+// counts: for one token each thread rounds what it multiplies with itself, and only what gate_up leaves is waited for.
 void CpuDevice::do_expert_pairs(const ExpertPairsArgs& a) {
+  constexpr int kOwnPairs = 16, kUpRanges = 4, kDownRanges = 2;  // of a thread: with one only, who is late keeps all others waiting
   const int64_t tokens = a.x.rows(), pairs = a.token.rows(), f = a.experts.f, columns = f / 8;
   const Matrix up = make_matrix(kernels_, a.experts.gate_up(0), a.act), down = make_matrix(kernels_, a.experts.down(0), a.act);
-  const int64_t stride = a.experts.layout().stride;
+  const int64_t stride = a.experts.layout().stride, own_x = round_up(up.product.bytes, 64), own_z = round_up(down.product.bytes, 64);
   QN_CHECK(2 * (a.experts.count + 1) + pairs <= lists_size_, "expert_pairs: %d experts and %lld pairs, reserve() had less", a.experts.count,
            static_cast<long long>(pairs));
   reset_scratch();
@@ -212,34 +214,55 @@ void CpuDevice::do_expert_pairs(const ExpertPairsArgs& a) {
   Routed r;
   sort_by_expert(view(a.expert.data, DType::I32, pairs, 1), a.experts.count, r);
   for (int64_t i = 0; i < pairs; i++) sorted[i] = x[a.token.i32()[r.pair[i]]], sorted_inner[i] = z[i];
+  const bool alone = tokens == 1 && pairs <= kOwnPairs && r.active == pairs && own_x + pairs * own_z <= local_floats_ * 4;
   threads_.run([&](int thread) {
-    for (int64_t t = thread; t < tokens; t += threads_.size()) kernels_.prepare(up.product, a.act, a.x.f32(t), x[t]);
-    threads_.barrier(thread);
-    spread(r.active * columns, 2, [&](Range range) {
+    uint8_t* const own = reinterpret_cast<uint8_t*>(local(thread));  // alone: x, then z of the pairs
+    const uint8_t* own_pair[kOwnPairs];
+    if (alone) {
+      kernels_.prepare(up.product, a.act, a.x.f32(), own);
+    } else {
+      for (int64_t t = thread; t < tokens; t += threads_.size()) kernels_.prepare(up.product, a.act, a.x.f32(t), x[t]);
+      threads_.barrier(thread);
+    }
+    for (int64_t i = 0; alone && i < pairs; i++) own_pair[i] = own;
+    const int64_t taken = spread_from(thread, r.active * columns, kUpRanges, 0, [&](Range range) {
       for (int64_t at = range.begin; at < range.end;) {
         const int64_t e = at / columns, end = std::min(range.end, (e + 1) * columns);
         const int32_t begin = r.first[e];
         Matrix m = up;
         m.data += r.id[e] * stride;
-        multiply_swiglu(kernels_, m, {at - e * columns, end - e * columns}, sorted + begin, r.first[e + 1] - begin, unpacked(thread),
+        multiply_swiglu(kernels_, m, {at - e * columns, end - e * columns}, (alone ? own_pair : sorted) + begin, r.first[e + 1] - begin, unpacked(thread),
                         [&](int64_t column, int64_t i, const float* v) { std::memcpy(reinterpret_cast<float*>(inner[begin + i]) + column, v, 8 * 4); });
         at = end;
       }
     });
+    auto panel_of = [&](int e, int64_t panel) { return down.data + r.id[e] * stride + panel * down.panel_stride; };
+    auto ask_for = [&](int e, int64_t panel) {  // the first of a range of an expert, which the hardware cannot foresee
+      if (e < r.active)
+        for (int64_t i = 0; i < 2048; i += 64) __builtin_prefetch(panel_of(e, panel) + i);
+    };
+    const int count = ranges(down.panels(), kDownRanges);
+    for (int e = 0; thread < count && e < 2; e++) ask_for(e, share(down.panels(), thread, count).begin);
     threads_.barrier(thread);
-    if (thread == 0) threads_.reset_tasks();
-    for (int64_t i = thread; i < pairs; i += threads_.size()) kernels_.prepare(down.product, a.act, reinterpret_cast<const float*>(inner[i]), z[i]);
-    threads_.barrier(thread);
-    spread(down.panels(), 1, [&](Range panels) {
+    if (alone) {
+      for (int64_t i = 0; i < pairs; i++) {
+        uint8_t* to = own + own_x + i * own_z;
+        kernels_.prepare(down.product, a.act, reinterpret_cast<const float*>(inner[i]), to);
+        own_pair[i] = to;
+      }
+    } else {
+      for (int64_t i = thread; i < pairs; i += threads_.size()) kernels_.prepare(down.product, a.act, reinterpret_cast<const float*>(inner[i]), z[i]);
+      threads_.barrier(thread);
+    }
+    spread_from(thread, down.panels(), kDownRanges, taken, [&](Range panels) {
       const int64_t first = panels.begin * kPanelRows, n = std::min(panels.end * kPanelRows, down.rows) - first;
       for (int64_t t = 0; t < tokens; t++) std::memset(a.y.f32(t) + first, 0, static_cast<size_t>(n) * 4);
       for (int e = 0; e < r.active; e++) {
         const int32_t begin = r.first[e];
         Matrix m = down;
         m.data += r.id[e] * stride;
-        if (e + 1 < r.active)  // as in do_moe_down
-          for (int64_t i = 0; i < 2048; i += 64) __builtin_prefetch(down.data + r.id[e + 1] * stride + panels.begin * m.panel_stride + i);
-        multiply(m, panels, sorted_inner + begin, r.first[e + 1] - begin, unpacked(thread), [&](int64_t row, int rows, int64_t i0, int count, const float* tile) {
+        ask_for(e + 1, panels.begin);
+        multiply(m, panels, (alone ? own_pair : sorted_inner) + begin, r.first[e + 1] - begin, unpacked(thread), [&](int64_t row, int rows, int64_t i0, int count, const float* tile) {
           for (int i = 0; i < count; i++) {
             const int32_t pair = r.pair[begin + i0 + i];
             float* y = a.y.f32(a.token.i32()[pair]) + row;
