@@ -7,8 +7,8 @@
 //   chunk    | units of warp 0 | units of warp 1 | ... | of warp 7 |     a unit is what a warp computes at once: BF16 64 k, else 128 k
 //   BF16     1024 k: 16 rows of 2 KB, each with 64 bytes of padding      INT8 1024 k, INT4 2048 k: tiles, then the scales of the groups
 //
-// (A multiprocessor begins one copy in about 46 ns, whatever its size: with 1 KB of a row they were all together no faster than 3.1 TB/s even from
-// the L2 cache, with 2 KB 6 TB/s. Measured on H100.)
+// (A multiprocessor begins one bulk copy in about 46 ns, whatever its size: with 1 KB of a row they were all together no faster than 3.1 TB/s
+// even from the L2 cache, with 2 KB 6 TB/s. Measured on H100. Before sm_90 there are none, some GPUs have 99 KB of shared memory, and it is 512 k.)
 //
 //   a ninth warp, the producer, fills the slots from before wait_for_previous() on, then keeps them full: weights stream in while the kernel
 //   before ends and while the prologue computes the norm. full[slot]: a chunk is there; empty[slot]: all 8 warps have used it.
@@ -34,17 +34,24 @@ namespace {
 
 constexpr int kWarps = kMatvecWarps, kConsumers = kMatvecThreads, kThreads = kConsumers + 32;
 constexpr int kMaxSlots = 8;
-constexpr int max_slots(DType w) { return w == DType::BF16 ? 4 : kMaxSlots; }
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+constexpr bool kBulk = false;
+#else
+constexpr bool kBulk = true;  // in code of the device; the host looks at Context::overlap, which is true of the same code
+#endif
 constexpr int kEarly = 2;  // chunks under way while the kernel before is at work (measured)
 
 constexpr int unit_loads(DType w) { return w == DType::INT4 ? 2 : 4; }
 constexpr int unit_k(DType w) { return w == DType::BF16 ? 64 : 128; }
-constexpr int chunk_k(DType w) { return w == DType::INT4 ? 2048 : 1024; }
+constexpr int chunk_k(DType w, bool bulk = kBulk) { return w == DType::INT4 ? 2048 : w == DType::BF16 && !bulk ? 512 : 1024; }
 // BF16: a row of a chunk, and 64 bytes so that 16-byte loads of the fragments of two rows share no bank
-constexpr int kRowPitch = chunk_k(DType::BF16) * 2 + 64;
+constexpr int row_pitch(bool bulk) { return chunk_k(DType::BF16, bulk) * 2 + 64; }
+constexpr int kRowPitch = row_pitch(kBulk);
 constexpr int tile_bytes(DType w) { return chunk_k(w) / tile_k(w) * kTileBytes; }  // of a chunk
-constexpr int slot_bytes(DType w) { return w == DType::BF16 ? kPanelRows * kRowPitch : tile_bytes(w) + chunk_k(w) / 32 * kPanelRows * 2; }
-constexpr int exact_bytes(DType w) { return slot_bytes(w) / kWarps / 512 * 512; }   // of a row in a slot
+constexpr int slot_bytes(DType w, bool bulk = kBulk) {
+  return w == DType::BF16 ? kPanelRows * row_pitch(bulk) : tile_bytes(w) + chunk_k(w) / 32 * kPanelRows * 2;
+}
+constexpr int exact_bytes(DType w, bool bulk = kBulk) { return slot_bytes(w, bulk) / kWarps / 512 * 512; }  // of a row in a slot
 constexpr bool as_half(DType w, Act a) { return w == DType::INT8 && a == Act::BF16; }
 // Rows of x in shared memory: padded with zeros to whole groups of 128, and apart such that 16-byte loads of two tokens' fragments
 // (4 times 16 bytes in a row of BF16 and INT8, with gaps of 16 bytes in INT4) share no bank.
@@ -68,7 +75,7 @@ struct Matvec {
 };
 
 // Where things lie in shared memory. The sizes grow with T; `bytes` is their end.
-void lay_out(Matvec& m, DType w, Act act, int tokens, int slots) {
+void lay_out(Matvec& m, DType w, Act act, int tokens, int slots, bool bulk) {
   const int groups = (m.in.k + 127) / 128;
   const bool exact = m.exact[0].w || m.exact[1].w;
   int64_t at = 0;
@@ -77,7 +84,7 @@ void lay_out(Matvec& m, DType w, Act act, int tokens, int slots) {
     at = round_up(at + bytes, 16);
     return static_cast<int>(begin);
   };
-  take(int64_t{slots} * slot_bytes(w));
+  take(int64_t{slots} * slot_bytes(w, bulk));
   m.barriers = take(2 * kMaxSlots * sizeof(Barrier));  // full and empty
   m.x = take(int64_t{tokens} * x_stride(w, m.in.k) * 2);
   m.x_scale = take(act == Act::INT8 || as_half(w, act) ? int64_t{tokens} * groups * 4 : 0);
@@ -483,8 +490,8 @@ bool matvec_fast(const Context& c, const char* what, const Product& p) {
   m.step = halves ? 8 : 16, m.pair = halves ? m.rows / 2 : 8;
   m.panels = static_cast<int>(t16_panels(m.rows));
   m.store = p.store, m.y = p.y, m.ldy = p.ldy, m.normed = p.normed;
-  const int chunk = w == DType::BF16 ? chunk_k(DType::BF16) : w == DType::INT8 ? chunk_k(DType::INT8) : chunk_k(DType::INT4);
-  const int part = w == DType::BF16 ? exact_bytes(DType::BF16) : w == DType::INT8 ? exact_bytes(DType::INT8) : exact_bytes(DType::INT4);
+  const bool bulk = c.overlap;
+  const int chunk = chunk_k(w, bulk), part = exact_bytes(w, bulk), most_slots = w == DType::BF16 && bulk ? kMaxSlots / 2 : kMaxSlots;
   m.chunks = (m.in.k + chunk - 1) / chunk;
   int64_t exact_rows = 0;
   for (int i = 0; i < 2; i++) {
@@ -497,14 +504,14 @@ bool matvec_fast(const Context& c, const char* what, const Product& p) {
   m.signal = p.exact[0].w ? 0 : 2;
 
   int tokens = m.in.tokens;  // of one launch
-  auto fits = [&](int slots) { return lay_out(m, w, p.act, tokens, slots), static_cast<size_t>(m.bytes) <= c.shared_max; };
+  auto fits = [&](int slots) { return lay_out(m, w, p.act, tokens, slots, bulk), static_cast<size_t>(m.bytes) <= c.shared_max; };
   while (tokens > 0 && !fits(2)) tokens--;
   if (tokens == 0) return false;
   for (int first = 0; first < p.in.tokens; first += tokens) {
     const int n = std::min(tokens, p.in.tokens - first);
     // No more than a block uses, and if it has one task only, room for the next kernel's beside it
-    int slots = m.tasks <= c.sms ? std::min(std::max(m.chunks, m.exact_chunks), max_slots(w)) : max_slots(w);
-    while (lay_out(m, w, p.act, n, slots), static_cast<size_t>(m.bytes) > c.shared_max) slots--;
+    int slots = m.tasks <= c.sms ? std::min(std::max(m.chunks, m.exact_chunks), most_slots) : most_slots;
+    while (lay_out(m, w, p.act, n, slots, bulk), static_cast<size_t>(m.bytes) > c.shared_max) slots--;
     if (w == DType::BF16) launch_matvec<DType::BF16>(c, what, m, p.act);
     else if (w == DType::INT8) launch_matvec<DType::INT8>(c, what, m, p.act);
     else launch_matvec<DType::INT4>(c, what, m, p.act);
