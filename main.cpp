@@ -174,7 +174,7 @@ void parse_args(CLI::App& app, Args& a, int argc, char** argv) {
   auto* tokenize = app.add_flag("--tokenize", a.tokenize, "JSON lines {\"text\": ...} on stdin to {\"ids\": [...]}; needs no weights")->group(group);
   auto* detokenize = app.add_flag("--detokenize", a.detokenize, "the reverse")->group(group);
   app.add_flag("--info", a.info, "facts about the model and the memory plan (also with --json)")->group(group);
-  app.add_flag("--plan", a.plan, "where everything would go and how fast that would be, from two seconds of measuring; allocates nothing for the model")->group(group);
+  app.add_flag("--plan", a.plan, "where everything would go and how fast that would be, from two seconds of measuring; allocates nothing for the model (also with --json)")->group(group);
   app.add_flag("--list-devices", a.devices, "what --device can name here")->group(group);
 
   app.parse(argc, argv);
@@ -616,8 +616,35 @@ int convert_lines(const Engine& engine, bool to_ids) {
   return 0;
 }
 
-int print_plan(const std::string& path, const Options& options) {
+Json devices_json(const Plan& p) {
+  Json parts = Json::array();
+  const auto whole = [](auto v) { return Json::number(static_cast<int64_t>(v)); };
+  for (const DevicePlan& d : p.devices)
+    parts.push(Json::object().set("device", Json::string(d.device)).set("first_layer", whole(d.begin)).set("layers", whole(d.end - d.begin))
+                   .set("weights_bytes", whole(d.weights)).set("kv_bytes", whole(d.kv)).set("state_bytes", whole(d.state))
+                   .set("scratch_bytes", whole(d.scratch)).set("budget_bytes", whole(d.budget)).set("expert_slots", whole(d.slots)));
+  return parts;
+}
+
+Json plan_json(const qnext::Outlook& o) {
+  const auto whole = [](auto v) { return Json::number(static_cast<int64_t>(v)); };
+  const auto fraction = [](double v) { return Json::number(v); };
+  const qn::Forecast& f = o.forecast;
+  return Json::object()
+      .set("devices", devices_json(o.plan))
+      .set("planned_context", whole(o.plan.ctx)).set("kv_type", Json::string(o.plan.kv_type)).set("ubatch", whole(o.plan.ubatch))
+      .set("host_experts_bytes", whole(o.plan.host)).set("pinned", Json::boolean(o.plan.pinned)).set("ram_bytes", whole(o.plan.ram))
+      .set("measured_bytes_per_second", Json::object().set("gpu", fraction(o.speeds.gpu)).set("bus", fraction(o.speeds.bus))
+                                            .set("host", fraction(o.speeds.host)).set("disk", fraction(o.speeds.disk)))
+      .set("decode_tokens_per_second", fraction(f.decode)).set("prefill_2048_tokens_per_second", fraction(f.prefill[0]))
+      .set("prefill_8192_tokens_per_second", fraction(f.prefill[1])).set("missing_experts", fraction(f.misses))
+      .set("seconds_of_a_token", Json::object().set("device", fraction(f.seconds[0])).set("bus", fraction(f.seconds[1])).set("host", fraction(f.seconds[2])))
+      .set("faster_with", Json::string(o.advice));
+}
+
+int print_plan(const std::string& path, const Options& options, bool json) {
   const qnext::Outlook o = Engine::outlook(path, options);
+  if (json) return words(plan_json(o).dump() + "\n"), 0;
   const auto row = [](const std::string& what, const std::string& text) { words(qn::format("%-12s %s", what.c_str(), text.c_str()) + "\n"); };
   const auto gib = [](uint64_t v) { return qn::human_gib(v); };
   for (const DevicePlan& d : o.plan.devices) {
@@ -664,15 +691,7 @@ int print_info(const Engine& engine, bool json) {
   text("device", p.device), text("activations", p.act), text("kv_type", p.kv_type), number("planned_context", p.ctx), number("ubatch", p.ubatch);
   number("weights_bytes", p.weights), number("kv_bytes", p.kv), number("state_bytes", p.state);
   number("scratch_bytes", p.scratch), number("budget_bytes", p.budget);
-  if (json) {
-    Json parts = Json::array();
-    const auto whole = [](uint64_t v) { return Json::number(static_cast<int64_t>(v)); };
-    for (const DevicePlan& d : p.devices)
-      parts.push(Json::object().set("device", Json::string(d.device)).set("first_layer", whole(static_cast<uint64_t>(d.begin)))
-                     .set("layers", whole(static_cast<uint64_t>(d.end - d.begin))).set("weights_bytes", whole(d.weights)).set("kv_bytes", whole(d.kv))
-                     .set("state_bytes", whole(d.state)).set("scratch_bytes", whole(d.scratch)).set("budget_bytes", whole(d.budget)));
-    return words(o.set("devices", parts).dump() + "\n"), 0;
-  }
+  if (json) return words(o.set("devices", devices_json(p)).dump() + "\n"), 0;
   for (auto [key, value] : o.members()) {
     const bool bytes = key.ends_with("_bytes");
     const std::string shown = value.is_string() ? value.as_string(key) : bytes ? qn::human_gib(static_cast<uint64_t>(value.as_int(key))) : value.dump();
@@ -712,7 +731,7 @@ int run(const Args& a) {
     return 0;
   }
   if (a.tokenize || a.detokenize) return convert_lines(Engine::open_tokenizer(a.model), a.tokenize);
-  if (a.plan) return print_plan(a.model, a.options);
+  if (a.plan) return print_plan(a.model, a.options, a.json);
   const double start = now();
   Engine engine = Engine::open(a.model, a.options, qn::progress_bars("B"));
   if (a.info) return print_info(engine, a.json);

@@ -119,6 +119,10 @@ same "stderr of --plan" "" "$(cat "$tmp/err")"
 for line in "layers 0 to 4: weights" "layers 5 to 7: weights" "^context  *[1-9]" "^measured  *memory of the host" "^decode  *about [1-9]" "^prefill  *about [1-9]"; do
   has "--plan" "$line" "$tmp/out"
 done
+"$cli" -m "$m" --device cpu,cpu --plan --json >"$tmp/out" 2>"$tmp/err" </dev/null
+same "exit code of --plan --json" 0 $?
+same "lines of --plan --json" 1 "$(wc -l <"$tmp/out" | tr -d ' ')"
+has "--plan --json" '^{"devices":\[{"device":"cpu.*"first_layer":5,"layers":3,.*"expert_slots":0}\],"planned_context":[1-9].*"decode_tokens_per_second":[0-9.e+]*,.*}$' "$tmp/out"
 "$cli" -m "$m" --info >"$tmp/out" && has "info" "^layers  *8$" "$tmp/out"
 
 # ---- one answer: only its words on stdout, nothing else anywhere
