@@ -7,6 +7,7 @@
 #include <charconv>
 #include <chrono>
 #include <cmath>
+#include <concepts>
 #include <csignal>
 #include <cstdio>
 #include <cstring>
@@ -50,6 +51,8 @@ void words(std::string_view s) {
   if (errno == EPIPE) throw ClosedOutput();
   qn::fail("standard output: %s", std::strerror(errno));
 }
+
+Json whole(std::integral auto v) { return Json::number(static_cast<int64_t>(v)); }
 
 void note(std::string_view s, Style style = Style::Dim) {
   std::cerr << qn::style_on(style) << s << qn::style_off() << '\n' << std::flush;
@@ -409,19 +412,18 @@ class Speaker {
   Json json(const Reply& r, size_t prompt_tokens, uint64_t seed, double prompt_seconds) const {
     Json calls = Json::array();
     for (const qn::ToolCall& c : r.answer.calls) calls.push(Json::object().set("name", Json::string(c.name)).set("arguments", c.arguments));
-    auto integer = [](auto v) { return Json::number(static_cast<int64_t>(v)); };
     const double generated = static_cast<double>(r.made.ids.size());
     return Json::object()
         .set("text", Json::string(r.answer.content))
         .set("reasoning", Json::string(r.answer.reasoning))
         .set("tool_calls", calls)
         .set("finish", Json::string(name(r.made.finish)))
-        .set("prompt_tokens", integer(prompt_tokens))
-        .set("reused_tokens", integer(r.sync.reused))
-        .set("generated_tokens", integer(r.made.ids.size()))
-        .set("drafted_tokens", integer(r.made.drafted))
-        .set("accepted_tokens", integer(r.made.accepted))
-        .set("seed", integer(seed))
+        .set("prompt_tokens", whole(prompt_tokens))
+        .set("reused_tokens", whole(r.sync.reused))
+        .set("generated_tokens", whole(r.made.ids.size()))
+        .set("drafted_tokens", whole(r.made.drafted))
+        .set("accepted_tokens", whole(r.made.accepted))
+        .set("seed", whole(seed))
         .set("model", Json::string(engine.info().name))
         .set("device", Json::string(engine.device_name()))
         .set("timings", Json::object()
@@ -431,7 +433,7 @@ class Speaker {
                             .set("generate_seconds", Json::number(r.made.seconds))
                             .set("generate_tokens_per_second", Json::number(rate(generated, r.made.seconds)))
                             .set("plain_step_seconds", Json::number(r.made.plain_seconds))
-                            .set("weight_bytes_per_token", integer(engine.info().bytes_per_token))
+                            .set("weight_bytes_per_token", whole(engine.info().bytes_per_token))
                             .set("weight_gb_per_second", Json::number(rate(generated * static_cast<double>(engine.info().bytes_per_token) / 1e9, r.made.seconds))));
   }
 
@@ -618,7 +620,6 @@ int convert_lines(const Engine& engine, bool to_ids) {
 
 Json devices_json(const Plan& p) {
   Json parts = Json::array();
-  const auto whole = [](auto v) { return Json::number(static_cast<int64_t>(v)); };
   for (const DevicePlan& d : p.devices)
     parts.push(Json::object().set("device", Json::string(d.device)).set("first_layer", whole(d.begin)).set("layers", whole(d.end - d.begin))
                    .set("weights_bytes", whole(d.weights)).set("kv_bytes", whole(d.kv)).set("state_bytes", whole(d.state))
@@ -627,18 +628,16 @@ Json devices_json(const Plan& p) {
 }
 
 Json plan_json(const qnext::Outlook& o) {
-  const auto whole = [](auto v) { return Json::number(static_cast<int64_t>(v)); };
-  const auto fraction = [](double v) { return Json::number(v); };
   const qn::Forecast& f = o.forecast;
   return Json::object()
       .set("devices", devices_json(o.plan))
       .set("planned_context", whole(o.plan.ctx)).set("kv_type", Json::string(o.plan.kv_type)).set("ubatch", whole(o.plan.ubatch))
       .set("host_experts_bytes", whole(o.plan.host)).set("pinned", Json::boolean(o.plan.pinned)).set("ram_bytes", whole(o.plan.ram))
-      .set("measured_bytes_per_second", Json::object().set("gpu", fraction(o.speeds.gpu)).set("bus", fraction(o.speeds.bus))
-                                            .set("host", fraction(o.speeds.host)).set("disk", fraction(o.speeds.disk)))
-      .set("decode_tokens_per_second", fraction(f.decode)).set("prefill_2048_tokens_per_second", fraction(f.prefill[0]))
-      .set("prefill_8192_tokens_per_second", fraction(f.prefill[1])).set("missing_experts", fraction(f.misses))
-      .set("seconds_of_a_token", Json::object().set("device", fraction(f.seconds[0])).set("bus", fraction(f.seconds[1])).set("host", fraction(f.seconds[2])))
+      .set("measured_bytes_per_second", Json::object().set("gpu", Json::number(o.speeds.gpu)).set("bus", Json::number(o.speeds.bus))
+                                            .set("host", Json::number(o.speeds.host)).set("disk", Json::number(o.speeds.disk)))
+      .set("decode_tokens_per_second", Json::number(f.decode)).set("prefill_2048_tokens_per_second", Json::number(f.prefill[0]))
+      .set("prefill_8192_tokens_per_second", Json::number(f.prefill[1])).set("missing_experts", Json::number(f.misses))
+      .set("seconds_of_a_token", Json::object().set("device", Json::number(f.seconds[0])).set("bus", Json::number(f.seconds[1])).set("host", Json::number(f.seconds[2])))
       .set("faster_with", Json::string(o.advice));
 }
 

@@ -516,7 +516,6 @@ __global__ __launch_bounds__(kThreads, 1) void attn_few_k(const Attn a, const Fe
   int *queue = reinterpret_cast<int*>(reinterpret_cast<uint8_t*>(prob) + work_bytes<Cache>(tiles)), &known = queue[kQueue];
   if (threadIdx.x == 0) queue[0] = rank, known = 1;
   if (threadIdx.x < 3) prefetch_l2(threadIdx.x == 0 ? a.qgkv : threadIdx.x == 1 ? f.part : reinterpret_cast<const float*>(a.step));
-  let_next_start();
   wait_for_previous();
   const int pos = a.start() + f.first, end = pos + f.tokens, last = chunk_of(end - 1);
   const Planes<Cache> cache(a, head);
@@ -561,6 +560,7 @@ __global__ __launch_bounds__(kThreads, 1) void attn_few_k(const Attn a, const Fe
   __syncthreads();  // all have left fill(), which reads what publish() writes
   publish();
   __syncthreads();
+  let_next_start();  // what it prefetches would come in the way of the first tiles
   if (rank == 0) append<Cache>(cache, fresh_k, fresh_v, pos, f.tokens);
 
   int h = 0, slot = 0;

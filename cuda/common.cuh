@@ -6,9 +6,9 @@
 // weight. After that wait the kernel before is complete and its writes are visible; as that one waited too, so is everything
 // earlier. Hence two rules: EVERY kernel of this folder calls wait_for_previous() in every thread, also where it has little to
 // read, and before it only weights may be loaded, and nothing stored (but see load_past_l1()); prefetch_l2() reads no value and is
-// allowed. let_next_start() comes as soon as a kernel's own loads from DRAM are on their way: earlier, and what the next one
-// prefetches delays them (measured: 3 % of a token). Loads that prefetch_l2() has asked for count as such: then it comes before the wait. Where the architecture lacks it both are nothing, and kernels start when the
-// one before has ended.
+// allowed. let_next_start() comes as soon as a kernel's own loads from DRAM are on their way, also before its wait: earlier, and what
+// the next one prefetches delays them (measured: 3 % of a token). Where the architecture lacks it both are nothing, and kernels start
+// when the one before has ended.
 #pragma once
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>

@@ -500,8 +500,7 @@ bool matvec_fast(const Context& c, const char* what, const Product& p) {
   }
   m.tasks = m.panels + static_cast<int>((exact_rows + kWarps - 1) / kWarps);
 
-  // Behind what is small there is time for the next one's weights from the begin on, else for what is left when half of ours is asked for
-  m.signal = p.exact[0].w ? 0 : 2;
+  m.signal = p.exact[0].w ? 0 : 2;  // measured: of the router from its begin on, of output products (4 chunks) behind half of them
 
   int tokens = m.in.tokens;  // of one launch
   auto fits = [&](int slots) { return lay_out(m, w, p.act, tokens, slots, bulk), static_cast<size_t>(m.bytes) <= c.shared_max; };
@@ -509,7 +508,7 @@ bool matvec_fast(const Context& c, const char* what, const Product& p) {
   if (tokens == 0) return false;
   for (int first = 0; first < p.in.tokens; first += tokens) {
     const int n = std::min(tokens, p.in.tokens - first);
-    // No more than a block uses, and if it has one task only, room for the next kernel's beside it
+    // No more than a block uses, which leaves room for the next kernel's beside it
     int slots = m.tasks <= c.sms ? std::min(std::max(m.chunks, m.exact_chunks), most_slots) : most_slots;
     while (lay_out(m, w, p.act, n, slots, bulk), static_cast<size_t>(m.bytes) > c.shared_max) slots--;
     if (w == DType::BF16) launch_matvec<DType::BF16>(c, what, m, p.act);

@@ -10,7 +10,7 @@
 //
 //   router   writes logits |end
 //   gate_up       waits ---|choice|asks for all it reads: let_next_start()|products ... inner |end
-//   down                                                                  |starts: choice|asks|waits ---|rounds inner, products, sum|
+//   down                                                                  |starts: choice|asks: let_next_start()|waits ---|rounds inner, ... sum|
 //
 // It may read the logits before its own wait_for_previous(): it starts when every block of gate_up has called let_next_start(), which they do
 // behind their wait, so the router, which ended before that wait did, is over and its writes are in the L2 cache. The loads go there, past

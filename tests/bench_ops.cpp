@@ -136,15 +136,15 @@ struct Benchmark {
       d.moe_gate_up(g);
     });
     if (t == 1) {  // as for a token of a layer with experts on a GPU, four of which are missing there
-      constexpr int64_t missing = 4;
+      constexpr int64_t missing = 4, lists = 24;  // other experts every time
       ExpertPairsArgs p;
       p.x = g.x, p.y = floats(keep, d, 1, width), p.weight = floats(keep, d, missing), p.act = act, p.experts = x;
-      keep.push_back(d.alloc(25 * missing * 4, "pairs"));
+      keep.push_back(d.alloc((1 + lists) * missing * 4, "pairs"));
       auto* of = static_cast<int32_t*>(keep.back().data());
       p.token = view(of, DType::I32, missing);
       std::fill_n(of, missing, 0);
-      for (int64_t i = missing; i < 25 * missing; i++) of[i] = static_cast<int32_t>((i * 181 + i / missing * 7) % e);
-      time("expert_pairs, 4 experts", t, static_cast<double>(missing * l.bytes), missing * width * 3 * inner, 24, [&](int c) {
+      for (int64_t i = missing; i < (1 + lists) * missing; i++) of[i] = static_cast<int32_t>((i * 181 + i / missing * 7) % e);
+      time("expert_pairs, 4 experts", t, static_cast<double>(missing * l.bytes), missing * width * 3 * inner, lists, [&](int c) {
         p.expert = view(of + (c + 1) * missing, DType::I32, missing);
         d.expert_pairs(p);
       });

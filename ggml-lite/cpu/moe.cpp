@@ -4,6 +4,7 @@
 // weights are read once per call, for up to kBlock tokens at a time. The result of a token is the sum over its experts in order
 // of their ids, whatever other tokens are there: each output panel belongs to one thread, which goes through the experts in
 // that order, so there is neither a second buffer nor an atomic.
+#include <algorithm>
 #include <cmath>
 #include <cstring>
 
@@ -220,11 +221,11 @@ void CpuDevice::do_expert_pairs(const ExpertPairsArgs& a) {
     const uint8_t* own_pair[kOwnPairs];
     if (alone) {
       kernels_.prepare(up.product, a.act, a.x.f32(), own);
+      std::fill_n(own_pair, pairs, own);
     } else {
       for (int64_t t = thread; t < tokens; t += threads_.size()) kernels_.prepare(up.product, a.act, a.x.f32(t), x[t]);
       threads_.barrier(thread);
     }
-    for (int64_t i = 0; alone && i < pairs; i++) own_pair[i] = own;
     const int64_t taken = spread_from(thread, r.active * columns, kUpRanges, 0, [&](Range range) {
       for (int64_t at = range.begin; at < range.end;) {
         const int64_t e = at / columns, end = std::min(range.end, (e + 1) * columns);
