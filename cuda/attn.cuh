@@ -193,7 +193,7 @@ __device__ __forceinline__ int code_chunk(int row, int c) { return row * kWidth 
 // The even bytes and the odd bytes of r, signed, as pairs of BF16. 0x4300 | (c & 127) is 128 + (c & 127); from it 128 is taken, or 256
 // (0x4380) where the sign bit is set.
 __device__ __forceinline__ void widen_codes(uint32_t r, uint32_t& even, uint32_t& odd) {
-  const auto pair = [](uint32_t c) { return bf162_sub((c & 0x007f007fu) | 0x43004300u, (c & 0x00800080u) | 0x43004300u); };
+  const auto pair = [](uint32_t c) { return bf162_sub(bits_of<kAndOr>(c, 0x007f007fu, 0x43004300u), bits_of<kAndOr>(c, 0x00800080u, 0x43004300u)); };
   even = pair(r), odd = pair(r >> 8);
 }
 

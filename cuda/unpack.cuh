@@ -28,22 +28,32 @@ __device__ __forceinline__ uint32_t bf162_sub(uint32_t a, uint32_t b) {
   return *reinterpret_cast<const uint32_t*>(&d);
 }
 
+// A bitwise function of three words in one instruction: of expressions with two constants the compiler makes two, and kernels that unpack weights
+// are short of instructions too.
+constexpr int kAndOr = 0xea, kAndXor = 0x6a;  // (v & mask) | bits, (v & mask) ^ bits
+template <int Function>
+__device__ __forceinline__ uint32_t bits_of(uint32_t v, uint32_t mask, uint32_t bits) {
+  uint32_t r;
+  asm("lop3.b32 %0, %1, %2, %3, %4;" : "=r"(r) : "r"(v), "r"(mask), "r"(bits), "n"(Function));
+  return r;
+}
+
 // v: the 16 bytes of the lane: words x, y of row g, z, w of row g+8. The result is code - 8, exact.
 // 0x4300 | q is 128 + q in bf16 (its mantissa steps by one there); 136 is 0x4308.
 template <int Step>
 __device__ __forceinline__ void int4_fragment(const uint4& v, uint32_t (&a)[4]) {
   const uint32_t lo = Step < 2 ? v.x : v.y, hi = Step < 2 ? v.z : v.w;
   constexpr int shift = Step % 2 * 8;
-  a[0] = bf162_sub(((lo >> shift) & 0x000f000fu) | 0x43004300u, 0x43084308u);
-  a[1] = bf162_sub(((hi >> shift) & 0x000f000fu) | 0x43004300u, 0x43084308u);
-  a[2] = bf162_sub(((lo >> (shift + 4)) & 0x000f000fu) | 0x43004300u, 0x43084308u);
-  a[3] = bf162_sub(((hi >> (shift + 4)) & 0x000f000fu) | 0x43004300u, 0x43084308u);
+  a[0] = bf162_sub(bits_of<kAndOr>(lo >> shift, 0x000f000fu, 0x43004300u), 0x43084308u);
+  a[1] = bf162_sub(bits_of<kAndOr>(hi >> shift, 0x000f000fu, 0x43004300u), 0x43084308u);
+  a[2] = bf162_sub(bits_of<kAndOr>(lo >> (shift + 4), 0x000f000fu, 0x43004300u), 0x43084308u);
+  a[3] = bf162_sub(bits_of<kAndOr>(hi >> (shift + 4), 0x000f000fu, 0x43004300u), 0x43084308u);
 }
 
 // Two bytes c (excess 128) in the low halves' low bytes -> c - 128 twice. 0x4300 | (c & 127) is 128 + (c & 127); from it 128 is
 // taken where bit 7 is set and 256 (0x4380) where not.
 __device__ __forceinline__ uint32_t int8_pair(uint32_t c) {
-  return bf162_sub((c & 0x007f007fu) | 0x43004300u, (c & 0x00800080u) ^ 0x43804380u);
+  return bf162_sub(bits_of<kAndOr>(c, 0x007f007fu, 0x43004300u), bits_of<kAndXor>(c, 0x00800080u, 0x43804380u));
 }
 template <int Step>
 __device__ __forceinline__ void int8_fragment(const uint4& v, uint32_t (&a)[4]) {
