@@ -508,8 +508,10 @@ bool matvec_fast(const Context& c, const char* what, const Product& p) {
   if (tokens == 0) return false;
   for (int first = 0; first < p.in.tokens; first += tokens) {
     const int n = std::min(tokens, p.in.tokens - first);
-    // No more than a block uses, which leaves room for the next kernel's beside it
-    int slots = m.tasks <= c.sms ? std::min(std::max(m.chunks, m.exact_chunks), most_slots) : most_slots;
+    // No more than a block uses, which leaves room for the next kernel's beside it. Of two tokens one less, with which it has room beside the `down`
+    // of the experts before it (measured on H200: passes of 2 tokens 3 % faster; of 1, where there is room, 5 % slower)
+    const int most = n == 2 && w == DType::BF16 && bulk ? most_slots - 1 : most_slots;
+    int slots = m.tasks <= c.sms ? std::min(std::max(m.chunks, m.exact_chunks), most_slots) : most;
     while (lay_out(m, w, p.act, n, slots, bulk), static_cast<size_t>(m.bytes) > c.shared_max) slots--;
     if (w == DType::BF16) launch_matvec<DType::BF16>(c, what, m, p.act);
     else if (w == DType::INT8) launch_matvec<DType::INT8>(c, what, m, p.act);
