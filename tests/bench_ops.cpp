@@ -18,7 +18,8 @@ namespace {
 
 using namespace qn;
 
-constexpr int64_t kCold = int64_t{768} << 20;  // bytes of copies of one operation's weights
+constexpr int64_t kCold = int64_t{768} << 20;  // bytes of copies of one operation's weights: more than any cache holds
+constexpr int kChoices = 96;                   // lists of experts, of which all together touch most of them
 uint64_t noise = 88172645463325252ull;
 uint64_t draw() { return noise ^= noise << 13, noise ^= noise >> 7, noise ^= noise << 17; }
 
@@ -98,7 +99,7 @@ struct Benchmark {
     x.data = experts.data();
     const int64_t up = weight_bytes(rest.type, 2 * inner, width, rest.group), down = weight_bytes(rest.type, width, inner, rest.group);
     const int64_t router = weight_bytes(DType::BF16, e, width, 0), shared = router + up + down + 64 * 2 * width;
-    const int copies = static_cast<int>(kCold / 4 / shared);
+    const int copies = static_cast<int>(kCold / shared);
     Arena dense(static_cast<size_t>(shared * copies));
     for (int c = 0; c < copies; c++) {
       uint8_t* p = dense.data() + c * shared;
@@ -120,23 +121,23 @@ struct Benchmark {
     keep.push_back(d.alloc(static_cast<size_t>(t * k * 4), "ids"));
     g.ids = view(keep.back().data(), DType::I32, t, k), g.weights = floats(keep, d, t, k), g.inner = floats(keep, d, t * k, inner);
     std::vector<Tensor> logits;  // other experts every time
-    for (int i = 0; i < 24; i++) logits.push_back(floats(keep, d, t, e));
-    std::vector<double> touched(24);
+    for (int i = 0; i < kChoices; i++) logits.push_back(floats(keep, d, t, e));
+    std::vector<double> touched(kChoices);
     double all = 0;
-    for (int i = 0; i < 24; i++) {
+    for (int i = 0; i < kChoices; i++) {
       g.logits = logits[static_cast<size_t>(i)];
       d.moe_gate_up(g);
       std::vector<bool> seen(e);
       for (int64_t j = 0; j < t * k; j++) seen[static_cast<size_t>(g.ids.i32()[j])] = true;
       for (bool s : seen) touched[static_cast<size_t>(i)] += s;
-      all += touched[static_cast<size_t>(i)] / 24;
+      all += touched[static_cast<size_t>(i)] / kChoices;
     }
-    ms += time("moe_gate_up", t, all * static_cast<double>(l.down_offset), k * width * 2 * inner, 24, [&](int c) {
+    ms += time("moe_gate_up", t, all * static_cast<double>(l.down_offset), k * width * 2 * inner, kChoices, [&](int c) {
       g.logits = logits[static_cast<size_t>(c)];
       d.moe_gate_up(g);
     });
     if (t == 1) {  // as for a token of a layer with experts on a GPU, four of which are missing there
-      constexpr int64_t missing = 4, lists = 24;  // other experts every time
+      constexpr int64_t missing = 4, lists = kChoices;  // other experts every time
       ExpertPairsArgs p;
       p.x = g.x, p.y = floats(keep, d, 1, width), p.weight = floats(keep, d, missing), p.act = act, p.experts = x;
       keep.push_back(d.alloc((1 + lists) * missing * 4, "pairs"));
@@ -153,13 +154,13 @@ struct Benchmark {
     m.weights = g.weights, m.inner = g.inner, m.act = act, m.experts = x, m.shared = r.shared, m.shared_scale = r.shared_scale, m.shared_act = act;
     m.h = floats(keep, d, t, width);
     std::vector<Tensor> ids;
-    for (int i = 0; i < 24; i++) {
+    for (int i = 0; i < kChoices; i++) {
       keep.push_back(d.alloc(static_cast<size_t>(t * k * 4), "ids"));
       ids.push_back(view(keep.back().data(), DType::I32, t, k));
       g.logits = logits[static_cast<size_t>(i)], g.ids = ids.back();
       d.moe_gate_up(g);
     }
-    return ms + time("moe_down", t, all * static_cast<double>(l.bytes - l.down_offset) + static_cast<double>(down), (k + 1) * width * inner, 24, [&](int c) {
+    return ms + time("moe_down", t, all * static_cast<double>(l.bytes - l.down_offset) + static_cast<double>(down), (k + 1) * width * inner, kChoices, [&](int c) {
              m.ids = ids[static_cast<size_t>(c)];
              m.shared_down = weight(dense.data() + c % copies * shared + router + 128 * width + up, rest.type, width, inner, rest.group);
              d.moe_down(m);
@@ -207,6 +208,7 @@ struct Benchmark {
     keep.push_back(d.alloc(static_cast<size_t>(2 * (one + scales) * layers), "cache"));  // scales, of codes, lie behind everything
     uint8_t* cache = static_cast<uint8_t*>(keep.back().data());
     fill_weights(cache, DType::BF16, (one + scales) * layers, 1, 0);
+    if (scales) std::fill_n(reinterpret_cast<uint16_t*>(cache + 2 * layers * one), layers * scales, float_to_half(0.01f));
     const StepParams step{static_cast<int32_t>(context - t), static_cast<int32_t>(t)};
     a.heads = heads, a.kv_heads = kv, a.step = &step;
     char name[40];
