@@ -416,6 +416,10 @@ void weigh(const Attend& a, const C* v, int head) {
   }
 }
 
+// e^v of what a score is below the largest; less than 1e-30 is nothing. Not for the result: sums of smaller ones alone have denormal numbers in
+// them, on which some CPUs (Intel's) take a hundred times as long.
+F share_of(F below) { return sub(larger(all(1e-30f), exponent(below)), all(1e-30f)); }
+
 // scores -> exponentials of what they are below the largest
 void soften(const Attend& a, int head) {
   float* s = a.scores + head * kKeys;
@@ -426,7 +430,7 @@ void soften(const Attend& a, int head) {
   for (int j = whole; j < a.keys; j++) top = s[j] > top ? s[j] : top;
   F sums = zero();
   each(a.keys, [&](int64_t j, int some) {
-    store_some(s + j, exponent(sub(load_some(s + j, some), all(top))), some);
+    store_some(s + j, share_of(sub(load_some(s + j, some), all(top))), some);
     sums = add(sums, load_some(s + j, some));
   });
   float* part = a.part + head * (a.width + kPartExtra) + a.width;
@@ -452,16 +456,16 @@ void attend(const Attend& a) {
   else attend_as<float>(a);
 }
 
-float exponent1(float x) {
+float share_of_one(float below) {
   float e[L];
-  store(e, exponent(all(x)));
+  store(e, share_of(all(below)));
   return e[0];
 }
 
 void merge(float* into, const float* part, int width) {
   float &top = into[width], &total = into[width + 1];
   const float higher = top > part[width] ? top : part[width];
-  const float a = exponent1(top - higher), b = exponent1(part[width] - higher);
+  const float a = share_of_one(top - higher), b = share_of_one(part[width] - higher);
   top = higher;
   total = total * a + part[width + 1] * b;
   for (int i = 0; i < width; i += L) store(into + i, fma(load(into + i), all(a), mul(load(part + i), all(b))));
