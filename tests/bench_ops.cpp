@@ -18,8 +18,7 @@ namespace {
 
 using namespace qn;
 
-constexpr int64_t kCold = int64_t{768} << 20;  // bytes of copies of one operation's weights: more than any cache holds
-constexpr int kChoices = 96;                   // lists of experts, of which all together touch most of them
+constexpr int64_t kCold = int64_t{768} << 20;  // bytes of copies of one operation's weights: more than caches hold
 uint64_t noise = 88172645463325252ull;
 uint64_t draw() { return noise ^= noise << 13, noise ^= noise >> 7, noise ^= noise << 17; }
 
@@ -87,6 +86,7 @@ struct Benchmark {
 
   double moe(Format f, Format rest, int64_t t) {
     constexpr int64_t e = 512, k = 10, width = 2048, inner = 512;
+    const int lists = static_cast<int>(std::max<int64_t>(24, 96 / t));  // of chosen experts: together most of them
     std::vector<Buffer> keep;
     Experts x;
     x.dtype = f.type, x.group = static_cast<uint16_t>(f.group), x.count = e, x.d = width, x.f = inner;
@@ -121,23 +121,23 @@ struct Benchmark {
     keep.push_back(d.alloc(static_cast<size_t>(t * k * 4), "ids"));
     g.ids = view(keep.back().data(), DType::I32, t, k), g.weights = floats(keep, d, t, k), g.inner = floats(keep, d, t * k, inner);
     std::vector<Tensor> logits;  // other experts every time
-    for (int i = 0; i < kChoices; i++) logits.push_back(floats(keep, d, t, e));
-    std::vector<double> touched(kChoices);
+    for (int i = 0; i < lists; i++) logits.push_back(floats(keep, d, t, e));
+    std::vector<double> touched(static_cast<size_t>(lists));
     double all = 0;
-    for (int i = 0; i < kChoices; i++) {
+    for (int i = 0; i < lists; i++) {
       g.logits = logits[static_cast<size_t>(i)];
       d.moe_gate_up(g);
       std::vector<bool> seen(e);
       for (int64_t j = 0; j < t * k; j++) seen[static_cast<size_t>(g.ids.i32()[j])] = true;
       for (bool s : seen) touched[static_cast<size_t>(i)] += s;
-      all += touched[static_cast<size_t>(i)] / kChoices;
+      all += touched[static_cast<size_t>(i)] / lists;
     }
-    ms += time("moe_gate_up", t, all * static_cast<double>(l.down_offset), k * width * 2 * inner, kChoices, [&](int c) {
+    ms += time("moe_gate_up", t, all * static_cast<double>(l.down_offset), k * width * 2 * inner, lists, [&](int c) {
       g.logits = logits[static_cast<size_t>(c)];
       d.moe_gate_up(g);
     });
     if (t == 1) {  // as for a token of a layer with experts on a GPU, four of which are missing there
-      constexpr int64_t missing = 4, lists = kChoices;  // other experts every time
+      constexpr int64_t missing = 4;
       ExpertPairsArgs p;
       p.x = g.x, p.y = floats(keep, d, 1, width), p.weight = floats(keep, d, missing), p.act = act, p.experts = x;
       keep.push_back(d.alloc((1 + lists) * missing * 4, "pairs"));
@@ -154,13 +154,13 @@ struct Benchmark {
     m.weights = g.weights, m.inner = g.inner, m.act = act, m.experts = x, m.shared = r.shared, m.shared_scale = r.shared_scale, m.shared_act = act;
     m.h = floats(keep, d, t, width);
     std::vector<Tensor> ids;
-    for (int i = 0; i < kChoices; i++) {
+    for (int i = 0; i < lists; i++) {
       keep.push_back(d.alloc(static_cast<size_t>(t * k * 4), "ids"));
       ids.push_back(view(keep.back().data(), DType::I32, t, k));
       g.logits = logits[static_cast<size_t>(i)], g.ids = ids.back();
       d.moe_gate_up(g);
     }
-    return ms + time("moe_down", t, all * static_cast<double>(l.bytes - l.down_offset) + static_cast<double>(down), (k + 1) * width * inner, kChoices, [&](int c) {
+    return ms + time("moe_down", t, all * static_cast<double>(l.bytes - l.down_offset) + static_cast<double>(down), (k + 1) * width * inner, lists, [&](int c) {
              m.ids = ids[static_cast<size_t>(c)];
              m.shared_down = weight(dense.data() + c % copies * shared + router + 128 * width + up, rest.type, width, inner, rest.group);
              d.moe_down(m);
