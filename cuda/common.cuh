@@ -173,9 +173,14 @@ __device__ __forceinline__ void fill(Barrier* full, int n, F piece) {
 
 // ---- numbers ----------------------------------------------------------------------------------------------------------
 
-// With the hardware's exponential and reciprocal: within 1e-6 of the exact value, at a fifth of the instructions. They gate thousands of
-// values in the prologue of kernels that take microseconds.
-__device__ __forceinline__ float sigmoid(float x) { return __fdividef(1.f, 1.f + __expf(-x)); }
+// With the hardware's exponential and reciprocal, tiny numbers as zero: within 1e-6 of the exact value, in 4 instructions. They gate thousands
+// of values in the prologue of kernels that take microseconds.
+__device__ __forceinline__ float sigmoid(float x) {
+  float e, s;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(e) : "f"(x * -1.4426950408889634f));
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(s) : "f"(1.f + e));
+  return s;
+}
 __device__ __forceinline__ float silu(float x) { return x * sigmoid(x); }
 
 __device__ __forceinline__ uint32_t pack_bf16(float lo, float hi) {  // round to nearest even; lo in the low half

@@ -21,8 +21,8 @@
 // from 2^14 on, what is 2^25 times smaller is still exact, and less than that loses 2^-39 of the largest. What 1152 times the sum of x
 // leaves of the result is some thirtieth of it, in fp32.
 //
-// Rows that must see unrounded activations (router, gates of heads) are extra tasks behind the panels: 8 rows, one for each warp,
-// through the same slots, fp32 products with fp32 activations.
+// Rows that must see unrounded activations (router, gates of heads) are extra tasks behind the panels: 8 rows through the same slots, fp32
+// products with fp32 activations.
 #include "cuda/matvec.cuh"
 #include "cuda/unpack.cuh"
 
@@ -97,23 +97,23 @@ void lay_out(Matvec& m, DType w, Act act, int tokens, int slots, bool bulk) {
   m.in.tokens = tokens, m.slots = slots;
 }
 
-struct ExactRow {
-  const uint8_t* w = nullptr;  // null: the warp has none
-  int item = 2;                // bytes of a weight
+// The rows of a task, of one matrix
+struct ExactTask {
+  const uint8_t* w = nullptr;  // of the first row
+  int64_t stride = 0;          // bytes
+  int rows = 0, item = 2;      // at most kWarps; bytes of a weight
   float* y = nullptr;
   int64_t ldy = 0;
   bool squash = false;
 };
-__device__ __forceinline__ ExactRow exact_row(const Matvec& m, int task, int warp) {
-  int64_t row = int64_t{task - m.panels} * kWarps + warp;
-#pragma unroll
-  for (int i = 0; i < 2; i++) {
-    const ExactRows& e = m.exact[i];
-    const int item = e.w.dtype == DType::F32 ? 4 : 2;
-    if (row < e.w.shape[0]) return {static_cast<const uint8_t*>(e.w.data) + row * e.w.row_stride * item, item, e.y + row, e.ldy, e.squash};
-    row -= e.w.shape[0];
-  }
-  return {};
+constexpr int exact_tasks(int64_t rows) { return static_cast<int>((rows + kWarps - 1) / kWarps); }
+__device__ __forceinline__ ExactTask exact_task(const Matvec& m, int task) {
+  task -= m.panels;
+  const int i = task < exact_tasks(m.exact[0].w.shape[0]) ? 0 : 1;
+  const ExactRows& e = m.exact[i];
+  const int row = (task - (i ? exact_tasks(m.exact[0].w.shape[0]) : 0)) * kWarps, item = e.w.dtype == DType::F32 ? 4 : 2;
+  return {static_cast<const uint8_t*>(e.w.data) + row * e.w.row_stride * item, e.w.row_stride * item, min(static_cast<int>(e.w.shape[0]) - row, kWarps), item,
+          e.y + row, e.ldy, e.squash};
 }
 
 // First of `units` in warp i's slice
@@ -145,10 +145,10 @@ __device__ __forceinline__ void produce(const Matvec& m, uint8_t* shared) {
       wait_barrier(empty + at.slot, (at.phase + 1) & 1);
       uint8_t* to = shared + at.slot * slot_bytes(W);
       if (!panel) {
+        const ExactTask e = exact_task(m, task);
+        const int begin = c * exact_bytes(W), left = max(0, min(m.in.k * e.item - begin, exact_bytes(W)));
         fill(full + at.slot, kWarps, [&](int i) {
-          const ExactRow e = exact_row(m, task, i);
-          const int begin = c * exact_bytes(W), left = e.w ? m.in.k * e.item - begin : 0;
-          return Piece{to + i * exact_bytes(W), e.w + begin, static_cast<uint32_t>(max(0, min(left, exact_bytes(W))))};
+          return Piece{to + i * exact_bytes(W), e.w + i * e.stride + begin, static_cast<uint32_t>(i < e.rows ? left : 0)};
         });
       } else if constexpr (W == DType::BF16) {
         fill(full + at.slot, kPanelRows, [&](int i) {
@@ -321,27 +321,46 @@ __device__ __forceinline__ void prologue(const Matvec& m, const float4 (&norm)[4
 static_assert(int4_position(6) == int4_position(4) + 1 && int4_position(5) == int4_position(4) + 4 && int4_position(7) == int4_position(4) + 5);
 static_assert(int4_position(14) == int4_position(12) + 1 && int4_position(13) == int4_position(12) + 4 && int4_position(15) == int4_position(12) + 5);
 
-// sum[t] += part of an exact row times token t. part and x (T, K): from the lane's first value on, of which the part has `left`.
+constexpr int kExactRows = 4, kExactSpan = kWarps / 2 * 128;  // of a warp: rows; from one of its pieces of 128 values to the next
+
+// sum[r][t] += the warp's values of exact row r times token t's. part: of the warp's first row; x (T, K): where the part begins, which has `left`
+// values of a row. Half of the warps have rows 0 to 3, half 4 to 7, in turn 128 values each, so that x comes out of shared memory twice: were a
+// row a warp's, that would be eight times, and four tokens took 2 us longer (H100).
 template <int Tokens>
-__device__ __forceinline__ void multiply_exact(float (&sum)[Tokens], const uint8_t* part, bool f32, const float* x, int tokens, int k_all,
+__device__ __forceinline__ void multiply_exact(float (&sum)[kExactRows][Tokens], const uint8_t* part, int pitch, bool f32, const float* x, int tokens, int k_all,
                                                int left) {
-  const int each = f32 ? 4 : 8;  // weights in 16 bytes
 #pragma unroll 1
-  for (; left > 0; part += 512, x += 32 * each, left -= 32 * each) {
-    const uint4 v = *reinterpret_cast<const uint4*>(part);
-    const float4 lo = f32 ? float4{__uint_as_float(v.x), __uint_as_float(v.y), __uint_as_float(v.z), __uint_as_float(v.w)}
-                          : float4{bf16_lo(v.x), bf16_hi(v.x), bf16_lo(v.y), bf16_hi(v.y)};
-    const float4 hi = {bf16_lo(v.z), bf16_hi(v.z), bf16_lo(v.w), bf16_hi(v.w)};
+  for (int k = static_cast<int>(threadIdx.x) % (kExactSpan / 4) * 4; k < left; k += kExactSpan) {
+    float4 w[kExactRows];
+#pragma unroll
+    for (int r = 0; r < kExactRows; r++) {
+      const uint8_t* at = part + r * pitch;
+      if (f32) {
+        w[r] = load4(reinterpret_cast<const float*>(at) + k);
+      } else {
+        const uint2 v = *reinterpret_cast<const uint2*>(at + 2 * k);
+        w[r] = {bf16_lo(v.x), bf16_hi(v.x), bf16_lo(v.y), bf16_hi(v.y)};
+      }
+    }
 #pragma unroll
     for (int t = 0; t < Tokens; t++) {
       if (t >= tokens) break;
-      const float4 a = load4(x + t * k_all);
-      sum[t] = fmaf(lo.x, a.x, fmaf(lo.y, a.y, fmaf(lo.z, a.z, fmaf(lo.w, a.w, sum[t]))));
-      if (f32) continue;
-      const float4 b = load4(x + t * k_all + 4);
-      sum[t] = fmaf(hi.x, b.x, fmaf(hi.y, b.y, fmaf(hi.z, b.z, fmaf(hi.w, b.w, sum[t]))));
+      const float4 a = load4(x + t * k_all + k);
+#pragma unroll
+      for (int r = 0; r < kExactRows; r++) sum[r][t] = fmaf(w[r].x, a.x, fmaf(w[r].y, a.y, fmaf(w[r].z, a.z, fmaf(w[r].w, a.w, sum[r][t]))));
     }
   }
+}
+
+// The sum over the warp of the values of row lane / 8
+__device__ __forceinline__ float sum_rows(float a, float b, float c, float d) {
+  const int lane = static_cast<int>(threadIdx.x) % 32;
+  const bool hi = lane & 16, odd = lane & 8;
+  const float first = (hi ? c : a) + __shfl_xor_sync(0xffffffffu, hi ? a : c, 16), second = (hi ? d : b) + __shfl_xor_sync(0xffffffffu, hi ? b : d, 16);
+  float s = (odd ? second : first) + __shfl_xor_sync(0xffffffffu, odd ? first : second, 8);
+#pragma unroll
+  for (int i = 4; i; i /= 2) s += __shfl_xor_sync(0xffffffffu, s, i);
+  return s;
 }
 
 // One: of one token, Quick: quick_shape(). Nearly all products of decoding are both, and a kernel that is over in microseconds, and again a
@@ -434,28 +453,36 @@ __global__ void __launch_bounds__(kThreads, 2) matvec_k(const __grid_constant__ 
     half = -half;
   }
 
-  for (; task < m.tasks; task += static_cast<int>(gridDim.x)) {  // one row for each warp, all tokens
-    const ExactRow e = exact_row(m, task, warp);
-    float sum[One ? 1 : kFewTokens] = {};
+  for (; task < m.tasks; task += static_cast<int>(gridDim.x)) {  // kWarps exact rows, all tokens
+    const ExactTask e = exact_task(m, task);
+    constexpr int kTokens = One ? 1 : kFewTokens;
+    const int first_row = warp / 4 * kExactRows;
+    float sum[kExactRows][kTokens] = {};
 #pragma unroll 1
     for (int c = 0; c < m.exact_chunks; c++, at.next(m.slots)) {
-      const int each = 16 / e.item, values = exact_bytes(W) / e.item, first = c * values;
+      const int values = exact_bytes(W) / e.item, first = c * values;
       wait_barrier(full + at.slot, at.phase & 1);
-      if (e.w)
-        multiply_exact(sum, shared + at.slot * slot_bytes(W) + warp * exact_bytes(W) + lane * 16, e.item == 4,
-                       reinterpret_cast<const float*>(shared + m.x_exact) + first + lane * each, tokens, k_all,
-                       min(k_all - first, values) - lane * each);
+      multiply_exact(sum, shared + at.slot * slot_bytes(W) + first_row * exact_bytes(W), exact_bytes(W), e.item == 4,
+                     reinterpret_cast<const float*>(shared + m.x_exact) + first, tokens, k_all, min(k_all - first, values));
       __syncwarp();
       if (lane == 0) arrive(empty + at.slot);
     }
-    if (!e.w) break;
-#pragma unroll 1
-    for (int i = 0; i < tokens; i++) {
-      const float s = warp_sum(sum[0]);
-      if (lane == 0) e.y[i * e.ldy] = e.squash ? sigmoid(s) : s;
+    float* p = partial + warp % 4 * tokens * kWarps + first_row + lane / 8;  // (4, T, 8)
 #pragma unroll
-      for (int j = 1; j < (One ? 1 : kFewTokens); j++) sum[j - 1] = sum[j];
+    for (int i = 0; i < kTokens; i++) {
+      if (i >= tokens) break;
+      const float s = sum_rows(sum[0][i], sum[1][i], sum[2][i], sum[3][i]);
+      if (lane % 8 == 0) p[i * kWarps] = s;
     }
+    sync_matvec();
+    if (tid < tokens * kWarps && tid % kWarps < e.rows) {
+      float s = 0;
+#pragma unroll
+      for (int i = 0; i < 4; i++) s += partial[i * tokens * kWarps + tid];
+      e.y[tid / kWarps * e.ldy + tid % kWarps] = e.squash ? sigmoid(s) : s;
+    }
+    partial += half;
+    half = -half;
   }
 }
 
@@ -493,13 +520,11 @@ bool matvec_fast(const Context& c, const char* what, const Product& p) {
   const bool bulk = c.overlap;
   const int chunk = chunk_k(w, bulk), part = exact_bytes(w, bulk), most_slots = w == DType::BF16 && bulk ? kMaxSlots / 2 : kMaxSlots;
   m.chunks = (m.in.k + chunk - 1) / chunk;
-  int64_t exact_rows = 0;
+  m.tasks = m.panels;
   for (int i = 0; i < 2; i++) {
-    m.exact[i] = p.exact[i], exact_rows += p.exact[i].w.rows();
+    m.exact[i] = p.exact[i], m.tasks += exact_tasks(p.exact[i].w.rows());
     if (p.exact[i].w) m.exact_chunks = std::max(m.exact_chunks, (m.in.k * (p.exact[i].w.dtype == DType::F32 ? 4 : 2) + part - 1) / part);
   }
-  m.tasks = m.panels + static_cast<int>((exact_rows + kWarps - 1) / kWarps);
-
   m.signal = p.exact[0].w ? 0 : 2;  // measured: of the router from its begin on, of output products (4 chunks) behind half of them
 
   int tokens = m.in.tokens;  // of one launch
