@@ -579,7 +579,7 @@ MemoryUse Engine::memory_use() const {
 OffloadUse Engine::offload_use() const {
   if (!impl_->host) return {};
   const qn::ExpertHost::Counts c = impl_->host->counts();
-  return {std::ranges::all_of(impl_->parts, [](const Part& p) { return !p.offload || p.offload->pinned(); }), c.requests, c.experts, c.seconds};
+  return {std::ranges::all_of(impl_->parts, [](const Part& p) { return !p.offload || p.offload->pinned(); }), c.requests, c.experts, c.ahead, c.seconds};
 }
 std::string Engine::device_name() const { return impl_->parts.empty() ? "none" : impl_->plan.device; }
 bool Engine::has_tokenizer() const { return impl_->tokenizer.has_value(); }
@@ -637,11 +637,10 @@ struct Session::Stage : qn::PipelineStage {
   // One decoder layer on x (T, D); `index` is its place in the model. keep: the states between the tokens, too.
   void run_layer(const Layer& l, int index, const Tensor& x, const StepParams* at, bool keep = false) {
     const int i = index - part.begin;
-    if (l.attention)
-      qn::gated_attention(device, l.attn, scratch.attn, x, state.cache(i), rope(), at, m.eps, e.act);
-    else
-      qn::gated_delta_net(device, l.delta, scratch.delta, x, state.conv_ring(i), state.delta(i), keep ? state.states(i) : Tensor(), at, m.eps, e.act);
-    qn::sparse_moe(device, l.moe, scratch.moe, x, m.eps, e.act, part.offload && x.rows() <= qn::kPlacedTokens ? e.placed_act : e.act);
+    if (l.attention) qn::gated_attention(device, l.attn, scratch.attn, x, state.cache(i), rope(), at, m.eps, e.act);
+    else qn::gated_delta_net(device, l.delta, scratch.delta, x, state.conv_ring(i), state.delta(i), keep ? state.states(i) : Tensor(), at, m.eps, e.act);
+    qn::sparse_moe(device, l.moe, scratch.moe, x, m.eps, e.act, part.offload && x.rows() <= qn::kPlacedTokens ? e.placed_act : e.act,
+                   index + 1 < part.end ? &m.layers[static_cast<size_t>(index) + 1].moe : nullptr);
     trace(index, "experts", scratch.moe.ids.slice(0, x.rows()));
   }
 

@@ -122,7 +122,7 @@ struct MemoryUse {
 
 struct OffloadUse {  // experts that were not on the GPU and that the CPU computed so far; zero where all are there
   bool pinned;       // the GPU can fetch experts itself
-  uint64_t steps, experts;
+  uint64_t steps, experts, ahead;  // ahead: of these experts, those it had in its caches because the router of the next layer tells early
   double seconds;
 };
 

@@ -3,13 +3,17 @@
 //   place  one block: every token's choice by a warp, then the list of distinct experts, hits, misses. The host's request goes out first, for
 //          the host is what the others will wait for; then victims are looked for.
 //   fetch  host memory -> slots, over the bus; a few dozen blocks keep it busy
+//   likely the router of the next layer on what there is of its input: advice to the host (two kernels, while the host is at work)
 //   join   waits for the host's answer and adds it
 //
 // Ordering. The box is written by all threads of `place`: each fences (membar.sys), the block meets, one thread stores `request` with release at
 // system scope. The host's thread sees the number with acquire, computes, writes `out` and stores `done` with release; `join` polls with acquire
 // and then reads `out` past the caches. The next request comes from the next layer's `place`, which runs after `join`: the host's reads of the
 // box are over by then, since it has answered.
+#include <algorithm>
+
 #include "cuda/choice.cuh"
+#include "cuda/decode.cuh"
 
 namespace qn::cuda {
 namespace {
@@ -149,6 +153,73 @@ __global__ void __launch_bounds__(kFetchThreads) fetch_experts_k(const int32_t* 
   }
 }
 
+struct Likely {
+  const float *h, *norm;  // (T, D) rows ldh apart, (D)
+  int64_t ldh;
+  Stored router;          // (E, D)
+  int tokens, experts, chosen, d;
+  float* logits;          // (T, E)
+  ExpertHome home;        // of the next layer's experts
+  ExpertBox box;
+};
+
+// A warp has an expert. Logits but for a factor that all of a token have in common: the norm's, which changes no order.
+__global__ void __launch_bounds__(256) likely_logits_k(const Likely a) {
+  const int expert = static_cast<int>(blockIdx.x) * 8 + warp_id();
+  let_next_start();
+  wait_for_previous();
+  if (expert >= a.experts) return;
+  float sum[kPlacedTokens] = {};
+  for (int k = 8 * lane_id(); k < a.d; k += 256) {
+    float w[8];
+    decode8(a.router, expert, k, w);
+#pragma unroll
+    for (int i = 0; i < 8; i++) w[i] *= a.norm[k + i];
+#pragma unroll
+    for (int t = 0; t < kPlacedTokens; t++) {
+      if (t >= a.tokens) break;
+#pragma unroll
+      for (int i = 0; i < 8; i++) sum[t] = fmaf(w[i], a.h[t * a.ldh + k + i], sum[t]);
+    }
+  }
+#pragma unroll
+  for (int t = 0; t < kPlacedTokens; t++) {
+    if (t >= a.tokens) break;
+    const float s = warp_sum(sum[t]);
+    if (lane_id() == 0) a.logits[t * a.experts + expert] = s;
+  }
+}
+
+// One block: every token's choice by a warp; of the distinct ones without a slot first those that the device will leave to the host.
+__global__ void __launch_bounds__(32 * kPlacedTokens) likely_experts_k(const Likely a) {
+  extern __shared__ int32_t memory[];
+  __shared__ Candidate list[kPlacedTokens][32];
+  const int lane = lane_id(), n = a.tokens * a.chosen;
+  int32_t *ids = memory, *missing = memory + n;
+  let_next_start();
+  wait_for_previous();
+  if (warp_id() < a.tokens) top(Logits{a.logits + warp_id() * a.experts}, a.experts, a.chosen, ids + warp_id() * a.chosen, list[warp_id()]);
+  __syncthreads();
+  if (warp_id() > 0) return;
+  int misses = 0;
+  for (int base = 0; base < n; base += 32) {
+    const int i = base + lane;
+    bool miss = i < n;
+    for (int j = 0; miss && j < i; j++) miss = ids[j] != ids[i];
+    miss = miss && a.home.slot_of[ids[i]] < 0;
+    const unsigned all = __ballot_sync(kAll, miss);
+    if (miss) missing[misses + __popc(all & ((1u << lane) - 1))] = ids[i];
+    misses += __popc(all);
+  }
+  __syncwarp();
+  const int fetched = fetched_misses(misses, a.home.host ? a.home.fetch_percent : 0);
+  for (int i = lane; i < misses; i += 32) a.box.likely_expert[i] = missing[(i + fetched) % misses];
+  if (lane == 0) *a.box.likely_layer = a.home.layer, *a.box.likely_count = misses;
+  __threadfence_system();
+  __syncwarp();
+  if (lane == 0) store_release_system(a.box.likely, ++a.box.pending[2]);
+}
+
 __global__ void __launch_bounds__(256) join_experts_k(const ExpertBox box, int n4, float4* h) {
   let_next_start();
   wait_for_previous();
@@ -179,6 +250,16 @@ void place_experts(const Context& c, const PlaceExpertsArgs& args) {
 }
 
 void join_experts(const Context& c, const JoinExpertsArgs& a) {
+  if (a.next_router) {
+    Likely l{};
+    l.h = a.h.f32(), l.norm = a.next_norm.f32(), l.ldh = a.h.row_stride, l.router = stored(a.next_router);
+    l.tokens = static_cast<int>(a.h.rows()), l.experts = a.next.count, l.chosen = a.chosen, l.d = static_cast<int>(a.h.cols());
+    l.home = *a.next.home, l.box = a.box;
+    Scratch s(c);
+    l.logits = s.take<float>(kPlacedTokens * int64_t{l.experts});
+    launch(c, "join_experts: likely logits", likely_logits_k, dim3(static_cast<unsigned>((l.experts + 7) / 8)), dim3(256), 0, l);
+    launch(c, "join_experts: likely experts", likely_experts_k, dim3(1), dim3(32 * kPlacedTokens), static_cast<size_t>(2 * l.tokens * l.chosen) * 4, l);
+  }
   const int n4 = static_cast<int>(a.h.rows() * a.h.cols() / 4);
   launch(c, "join_experts", join_experts_k, dim3(static_cast<unsigned>((n4 + 255) / 256)), dim3(256), 0, a.box, n4, reinterpret_cast<float4*>(a.h.f32()));
 }
@@ -186,7 +267,9 @@ void join_experts(const Context& c, const JoinExpertsArgs& a) {
 size_t place_experts_scratch(const OpLimits& l) {
   Scratch s;
   s.take<int32_t>(1 + 2 * kPlacedTokens * l.chosen);
-  return s.used();
+  Scratch join;
+  join.take<float>(kPlacedTokens * int64_t{l.experts});
+  return std::max(s.used(), join.used());
 }
 
 }  // namespace qn::cuda

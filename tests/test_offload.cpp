@@ -2,16 +2,21 @@
 #include <doctest/doctest.h>
 
 #include <algorithm>
+#include <atomic>
+#include <chrono>
+#include <cmath>
 #include <cstring>
 #include <fstream>
 #include <random>
 #include <set>
+#include <thread>
 
 #include "cuda/cuda.h"
 #include "ggml-lite/base/file.h"
 #include "ggml-lite/core/codec.h"
 #include "ggml-lite/cpu/cpu.h"
 #include "ggml-lite/nn/expert_offload.h"
+#include "ggml-lite/nn/layer_scratch.h"  // upload_new
 #include "ggml-lite/ref/ref.h"
 #include "qnext.h"
 #include "tests/close.h"
@@ -153,6 +158,58 @@ TEST_CASE("offload: the host's part on every instruction set") {
     }
 }
 
+TEST_CASE("offload: reading ahead ends at once when told to, and says what is whole") {
+  for (auto [type, group] : {std::pair{DType::INT4, 32}, {DType::BF16, 0}}) {
+    const Records r(type, group, 8, 256, 128);
+    for (int threads : {1, 3, 20}) {
+      const auto device = make_cpu_device(threads);
+      const Ids ids = {7, 0, 3};
+      CHECK(device->read_ahead(r.e, ids, [] { return false; }) == 3);
+      CHECK(device->read_ahead(r.e, ids, [] { return true; }) == 0);
+      CHECK(device->read_ahead(r.e, {}, [] { return false; }) == 0);
+      std::atomic<int> asked{0};
+      CHECK(device->read_ahead(r.e, ids, [&] { return ++asked > 4 * threads; }) <= 3);
+    }
+  }
+}
+
+TEST_CASE("offload: the host follows advice, and survives any") {
+  const Records r(DType::INT4, 32, 8, 256, 128);
+  std::vector<uint8_t> memory(static_cast<size_t>(expert_box_bytes(4, 256)) + 64);
+  uint32_t pending[3] = {};
+  const ExpertBox box = expert_box(memory.data() + (64 - reinterpret_cast<uintptr_t>(memory.data()) % 64), 4, 256, pending);
+  CHECK(reinterpret_cast<const uint8_t*>(box.likely_expert + kPlacedTokens * 4) <= memory.data() + memory.size());
+  ExpertHost host(make_cpu_device(2));
+  host.attach(box, {r.e, r.e}, 4, Act::INT8);
+  uint32_t number = 0;
+  const auto advise = [&](int32_t layer, int32_t count, const Ids& ids) {
+    for (size_t i = 0; i < ids.size(); i++) std::atomic_ref(box.likely_expert[i]).store(ids[i]);
+    std::atomic_ref(*box.likely_layer).store(layer), std::atomic_ref(*box.likely_count).store(count);
+    std::atomic_ref(*box.likely).store(++number);
+  };
+  Floats first;
+  uint64_t ahead = 0;
+  for (auto [layer, count, ids] : {std::tuple<int32_t, int32_t, Ids>{1, 2, {5, 3}}, {0, 2, {5, 3}}, {1, 3, {8, -1, 5}}, {2, 2, {5, 3}}, {-1, 2, {5, 3}}, {1, 33, {5, 3}}, {1, -1, {5, 3}}}) {
+    host.expect();
+    advise(layer, count, ids);
+    std::this_thread::sleep_for(std::chrono::milliseconds(30));
+    *box.layer = 1, *box.tokens = 1, *box.pairs = 2;
+    for (int i = 0; i < 2; i++) box.token[i] = 0, box.expert[i] = i ? 3 : 5, box.weight[i] = 0.5f;
+    for (int i = 0; i < 256; i++) box.x[i] = std::sin(static_cast<float>(i));
+    const uint32_t request = *box.request + 1;
+    std::atomic_ref(*box.request).store(request, std::memory_order_release);
+    for (int i = 0; i < 5000 && std::atomic_ref(*box.done).load(std::memory_order_acquire) != request; i++) std::this_thread::sleep_for(std::chrono::milliseconds(1));
+    REQUIRE(*box.done == request);
+    const Floats y(box.out, box.out + 256);
+    if (first.empty()) first = y;
+    CHECK(y == first);
+    const uint64_t now = host.counts().ahead;
+    CHECK(now - ahead == (layer != 1 ? 0u : count == 2 ? 2u : count == 3 ? 1u : 0u));
+    ahead = now;
+  }
+  CHECK_NOTHROW(host.check());
+}
+
 TEST_CASE("offload: hit rates of the traces") {
   std::string table;
   double last = 0;
@@ -198,11 +255,39 @@ TEST_CASE("CUDA offload: places are those of the simulation, decision for decisi
       p.ids = view(ids.data(), DType::I32, tokens, kChosen), p.weights = view(weights.data(), DType::F32, tokens, kChosen), p.box = offload.box();
       JoinExpertsArgs join;
       join.box = offload.box(), join.h = view(h.data(), DType::F32, tokens, 64);
+      // The layer behind it, of which the host is told, is the same one with a router of its own
+      std::mt19937 random(11);
+      std::normal_distribution<float> normal;
+      std::vector<uint16_t> router(kExperts * 64);
+      Floats norm(64), input(static_cast<size_t>(tokens * 64));
+      for (float& v : norm) v = 1 + 0.5f * normal(random);
+      for (uint16_t& v : router) v = float_to_bf16(normal(random));
+      const Buffer next_norm = upload_new<float>(*device, norm, "norm"), next_router = upload_new<uint16_t>(*device, router, "router");
+      join.next_norm = view(next_norm.data(), DType::F32, 64), join.next_router = view(next_router.data(), DType::BF16, kExperts, 64);
+      join.next = e, join.chosen = kChosen;
+      const auto advice = [&](const Simulation& now) {  // what should come
+        Ids chosen, missing;
+        for (int t = 0; t < tokens; t++) {
+          std::vector<std::pair<double, int32_t>> order;
+          for (int i = 0; i < kExperts; i++) {
+            double sum = 0;
+            for (int k = 0; k < 64; k++) sum += static_cast<double>(bf16_to_float(router[static_cast<size_t>(i * 64 + k)])) * norm[static_cast<size_t>(k)] * input[static_cast<size_t>(t * 64 + k)];
+            order.emplace_back(-sum, i);
+          }
+          std::sort(order.begin(), order.end());
+          for (int j = 0; j < kChosen; j++) chosen.push_back(order[static_cast<size_t>(j)].second);
+        }
+        for (int32_t id : chosen)
+          if (now.slot_of[static_cast<size_t>(id)] < 0 && std::find(missing.begin(), missing.end(), id) == missing.end()) missing.push_back(id);
+        std::rotate(missing.begin(), missing.begin() + fetched_misses(static_cast<int>(missing.size()), percent), missing.end());
+        return missing;
+      };
       Simulation want(kExperts, slots, percent);
       const std::vector<Ids> steps = trace(name);
       Ids slot_of(kExperts), expert_in(static_cast<size_t>(slots));
       std::vector<int64_t> last_use(static_cast<size_t>(slots));
       int wrong = 0;
+      uint32_t advised = 0;
       for (size_t s = 0; s + static_cast<size_t>(tokens) <= steps.size() && !wrong; s += static_cast<size_t>(tokens)) {
         Floats l(static_cast<size_t>(tokens * kExperts), -5);
         Ids all;
@@ -212,6 +297,8 @@ TEST_CASE("CUDA offload: places are those of the simulation, decision for decisi
             l[static_cast<size_t>(t * kExperts + id)] = 5 - 0.1f * static_cast<float>(j), all.push_back(id);
           }
         device->upload(logits.data(), l.data(), l.size() * 4);
+        for (float& v : input) v = normal(random);
+        device->upload(h.data(), input.data(), input.size() * 4);
         host.expect();
         device->place_experts(p), device->join_experts(join);
         want.step(all);
@@ -219,6 +306,8 @@ TEST_CASE("CUDA offload: places are those of the simulation, decision for decisi
         device->download(expert_in.data(), e.home->expert_in, expert_in.size() * 4);
         device->download(last_use.data(), e.home->last_use, last_use.size() * 8);
         wrong += slot_of != want.slot_of || expert_in != want.expert_in || last_use != want.last_use;
+        const ExpertBox& box = offload.box();
+        wrong += *box.likely != ++advised || *box.likely_layer != 0 || Ids(box.likely_expert, box.likely_expert + *box.likely_count) != advice(want);
       }
       CHECK(wrong == 0);
       host.check();

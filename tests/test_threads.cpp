@@ -102,6 +102,45 @@ TEST_CASE("threads: tasks are handed out once, in every list") {
   }
 }
 
+TEST_CASE("threads: spread gives every task once, one's own first and in order, in every list") {
+  for (int n : {1, 2, 5})
+    for (int64_t tasks : {0, 1, 3, 5, 64}) {
+      Threads pool(n);
+      for (int job = 0; job < 10; job++) {
+        std::vector<std::atomic<int>> done[2] = {std::vector<std::atomic<int>>(64), std::vector<std::atomic<int>>(64)};
+        std::atomic<int> wrong{0};
+        pool.run([&](int t) {
+          const qn::Range own = qn::share(tasks, t, n);
+          for (int list : {0, Threads::kLists - 1}) {
+            int64_t last = -1;
+            bool others = false;
+            pool.spread(t, list, tasks, [&](int64_t i) {
+              const bool mine = i >= own.begin && i < own.end;
+              wrong += mine && (others || i <= last);
+              others |= !mine, last = i;
+              done[list > 0][static_cast<size_t>(i)]++;
+            });
+            if (list == 0) pool.barrier(t);
+          }
+        });
+        for (auto& list : done)
+          for (int64_t i = 0; i < 64; i++) wrong += list[static_cast<size_t>(i)] != (i < tasks);
+        CHECK(wrong == 0);
+      }
+    }
+}
+
+TEST_CASE("threads: one that is late is helped out") {
+  Threads pool(2);
+  std::atomic<int> by_first{0};
+  pool.run([&](int t) {
+    if (t == 1)
+      for (const auto end = std::chrono::steady_clock::now() + std::chrono::seconds(5); by_first < 8 && std::chrono::steady_clock::now() < end;) std::this_thread::yield();
+    pool.spread(t, 0, 8, [&](int64_t) { by_first += t == 0; });
+  });
+  CHECK(by_first == 8);
+}
+
 TEST_CASE("threads: an exception of any thread is rethrown and the pool lives on") {
   for (int n : {1, 4}) {
     Threads pool(n);

@@ -107,26 +107,37 @@ bool allow_tiles() {
 #endif
 }
 
-// Every waiting is for a counter to move on: the epoch (a new job), the phase of the barrier, the workers still running.
+// Every waiting is for a counter to move on: the epoch (a new job), or how far a thread is.
 // A waiter polls its counter for a while, then sleeps in the kernel on that address (std::atomic::wait; the waking side makes
 // no system call while nobody sleeps). Counters that different threads write lie on lines of their own.
+//
+// How far thread i is: reached[i] = kJob * jobs it has ended + barriers of this job it has come to. A barrier is one store, and loads of all
+// others' counters, which are under way together; a common counter would go from core to core (15 threads on a virtual machine: two
+// barriers and the job around them 5 us). A thread that fails ends the job at once: those who wait for it go on, and find `poisoned`.
 struct Threads::Impl {
+  static constexpr uint32_t kJob = 1 << 20;  // more barriers than a job has; differences hold when numbers begin anew
+  struct alignas(64) Reached {
+    std::atomic<uint32_t> at{0};
+  };
+  struct alignas(64) Claims {
+    std::atomic<int64_t> taken[kLists] = {};
+  };
   int n = 1;
   std::chrono::microseconds spin{0};
   alignas(64) std::atomic<int> epoch{0};
   void (*call)(void*, int) = nullptr;
   void* arg = nullptr;
   bool stop = false, running = false;
-  alignas(64) std::atomic<int> busy{0};
-  alignas(64) std::atomic<int> arrived{0};
-  alignas(64) std::atomic<int> phase{0};
-  std::atomic<bool> poisoned{false};  // a thread of this job has failed: no barrier will be complete
+  std::vector<Reached> reached;       // by that thread
+  std::vector<Claims> claims;         // by that thread and those who help it
+  alignas(64) std::atomic<bool> poisoned{false};  // a thread of this job has failed: no barrier will be complete
   alignas(64) std::atomic<int64_t> task{0};
   alignas(64) std::mutex error_mutex;
   std::exception_ptr error;
   std::vector<std::thread> workers;
 
-  void await_change(const std::atomic<int>& a, int old) const {
+  template <class T>
+  void await_change(const std::atomic<T>& a, T old) const {
     if (spin.count() > 0) {
       const auto end = Clock::now() + spin;
       do {
@@ -139,6 +150,19 @@ struct Threads::Impl {
     a.wait(old, std::memory_order_acquire);
   }
 
+  void await(uint32_t at) const {  // all threads, this one included
+    for (const Reached& r : reached)
+      for (uint32_t now; static_cast<int32_t>((now = r.at.load(std::memory_order_acquire)) - at) < 0;) await_change(r.at, now);
+  }
+
+  void reach(int thread, uint32_t at) {
+    std::atomic<uint32_t>& mine = reached[static_cast<size_t>(thread)].at;
+    mine.store(at, std::memory_order_release);
+    mine.notify_all();
+  }
+
+  uint32_t end_of_job(int thread) const { return (reached[static_cast<size_t>(thread)].at.load(std::memory_order_relaxed) / kJob + 1) * kJob; }
+
   void work(int thread) {
     try {
       call(arg, thread);
@@ -148,10 +172,9 @@ struct Threads::Impl {
         std::lock_guard lock(error_mutex);
         if (!error) error = std::current_exception();
       }
-      poisoned.store(true);  // before the phase: who sees that move on sees this
-      phase.fetch_add(1);
-      phase.notify_all();
+      poisoned.store(true);  // before the end: who sees that sees this
     }
+    reach(thread, end_of_job(thread));
   }
 
   void worker(int thread) {
@@ -164,7 +187,6 @@ struct Threads::Impl {
       seen = now;
       if (stop) return;
       work(thread);
-      if (busy.fetch_sub(1) == 1) busy.notify_one();
     }
   }
 
@@ -178,6 +200,8 @@ struct Threads::Impl {
 
 Threads::Threads(int n, int spin_microseconds) : impl_(std::make_unique<Impl>()) {
   impl_->n = n > 0 ? n : default_threads();
+  impl_->reached = std::vector<Impl::Reached>(static_cast<size_t>(impl_->n));
+  impl_->claims = std::vector<Impl::Claims>(static_cast<size_t>(impl_->n));
   if (impl_->n <= usable_processors()) impl_->spin = std::chrono::microseconds(spin_microseconds);
   impl_->workers.reserve(static_cast<size_t>(impl_->n - 1));  // a failure later would destroy running threads
   try {
@@ -199,32 +223,34 @@ void Threads::run_raw(void (*call)(void*, int), void* arg) {
   s.running = true;
   s.call = call, s.arg = arg;
   s.task.store(0, std::memory_order_relaxed);
-  s.arrived.store(0, std::memory_order_relaxed);  // what an abandoned barrier left
+  for (Impl::Claims& c : s.claims)
+    for (std::atomic<int64_t>& t : c.taken) t.store(0, std::memory_order_relaxed);
   s.poisoned.store(false, std::memory_order_relaxed);
   if (s.n > 1) {
-    s.busy.store(s.n - 1, std::memory_order_relaxed);
     s.epoch.fetch_add(1);
     s.epoch.notify_all();
   }
+  const uint32_t end = s.end_of_job(0);
   s.work(0);
-  for (int left; (left = s.busy.load(std::memory_order_acquire)) != 0;) s.await_change(s.busy, left);
+  s.await(end);
   s.running = false;
   if (s.error) std::rethrow_exception(std::exchange(s.error, nullptr));
 }
 
-void Threads::barrier(int) {
+void Threads::barrier(int thread) {
   Impl& s = *impl_;
   if (s.n == 1) return;
-  const int phase = s.phase.load(std::memory_order_acquire);
-  if (s.poisoned.load()) throw Abandoned();
-  if (s.arrived.fetch_add(1, std::memory_order_acq_rel) == s.n - 1) {
-    s.arrived.store(0, std::memory_order_relaxed);
-    s.phase.fetch_add(1);
-    s.phase.notify_all();
-  } else {
-    while (s.phase.load(std::memory_order_acquire) == phase) s.await_change(s.phase, phase);
-    if (s.poisoned.load()) throw Abandoned();
-  }
+  const uint32_t at = s.reached[static_cast<size_t>(thread)].at.load(std::memory_order_relaxed) + 1;
+  s.reach(thread, at);
+  s.await(at);
+  if (s.poisoned.load(std::memory_order_acquire)) throw Abandoned();
+}
+
+int64_t Threads::claim(int owner, int list) {
+  return impl_->claims[static_cast<size_t>(owner)].taken[list].fetch_add(1, std::memory_order_relaxed);
+}
+int64_t Threads::claimed(int owner, int list) const {
+  return impl_->claims[static_cast<size_t>(owner)].taken[list].load(std::memory_order_relaxed);
 }
 
 int64_t Threads::next_task() { return impl_->task.fetch_add(1, std::memory_order_relaxed); }

@@ -6,6 +6,14 @@
 
 namespace qn {
 
+// Contiguous share [begin, end) of n items for one of `parts`; shares differ by at most one item.
+struct Range {
+  int64_t begin, end;
+};
+inline Range share(int64_t n, int part, int parts) {
+  return {n * part / parts, n * (part + 1) / parts};
+}
+
 class Threads {
  public:
   static constexpr int kSpin = 40;  // longer than any gap between two operations of a layer
@@ -30,13 +38,30 @@ class Threads {
   // When a thread has left run() by an exception, the others leave it here by one of the pool's own, which run() swallows.
   void barrier(int thread);
 
-  // Inside run(): shared counter for work stealing. Set to 0 by run() before it starts, and by reset_tasks().
+  // Inside run(), on every thread: f(i) for each i of 0 ... n-1 once, on some thread. A thread first takes its own share(n, thread, size()) in
+  // order, then what others have not begun. Lists of one run() have different numbers below kLists.
+  template <class F>
+  void spread(int thread, int list, int64_t n, F&& f) {
+    const int threads = size();
+    for (int i = 0; i < threads; i++) {
+      const int owner = thread + i < threads ? thread + i : thread + i - threads;
+      const Range r = share(n, owner, threads);
+      if (i > 0 && claimed(owner, list) >= r.end - r.begin) continue;
+      for (int64_t at; (at = claim(owner, list)) < r.end - r.begin;) f(r.begin + at);
+    }
+  }
+  static constexpr int kLists = 4;
+
+  // Inside run(): shared counter for work stealing. Set to 0 by run() before it starts, and by reset_tasks(). Of many threads that ask often it
+  // costs each a fraction of a microsecond: the counter's line of memory goes from core to core.
   int64_t next_task();
   // Call between two barriers (by one thread) to start a second list of tasks in the same run().
   void reset_tasks();
 
  private:
   void run_raw(void (*call)(void*, int), void* arg);
+  int64_t claim(int owner, int list);          // how many of the owner's tasks were taken before; the next one is the caller's
+  int64_t claimed(int owner, int list) const;
   struct Impl;
   std::unique_ptr<Impl> impl_;
 };
@@ -47,13 +72,5 @@ int usable_processors();  // hardware threads, likewise
 
 // Whether the system lets this process use the tile registers of AMX. It must be asked before the first use; asking again is free.
 bool allow_tiles();
-
-// Contiguous share [begin, end) of n items for one of `parts`; shares differ by at most one item.
-struct Range {
-  int64_t begin, end;
-};
-inline Range share(int64_t n, int part, int parts) {
-  return {n * part / parts, n * (part + 1) / parts};
-}
 
 }  // namespace qn

@@ -316,6 +316,12 @@ void Device::place_experts(const PlaceExpertsArgs& a) {
 void Device::join_experts(const JoinExpertsArgs& a) {
   QN_CHECK(a.box.request && a.box.pending && a.h.rows() <= kPlacedTokens, "join_experts: no box, or h is %s", shape(a.h).c_str());
   check_act("join_experts", "h", a.h, a.h.rows(), a.h.cols());
+  if (a.next_router) {
+    check_vec("join_experts", "next_norm", a.next_norm, a.h.cols());
+    check_weight("join_experts", "next_router", a.next_router, a.next.count, a.h.cols());
+    QN_CHECK(a.next.home && !is_t16(a.next_router.dtype) && a.chosen > 0 && a.chosen <= a.next.count, "join_experts: the next layer's experts have no home, or %d are chosen",
+             a.chosen);
+  }
   if (begin(Op::JoinExperts, 0)) do_join_experts(a);
 }
 

@@ -169,10 +169,13 @@ struct PlaceExpertsArgs {
   Tensor ids, weights;     // out, those of D5
   ExpertBox box;           // in/out
 };
-// After D6: h += what the host was asked for. Waits for it, on the device.
+// After D6: h += what the host was asked for. Waits for it, on the device; before that it tells the host what the next layer will likely ask for.
 struct JoinExpertsArgs {
   ExpertBox box;
   Tensor h;                // in/out (T, D)
+  Tensor next_norm, next_router;  // optional: (D), (E, D) of D4 of the next layer
+  Experts next;            // its experts, with a home
+  int chosen = 0;          // K
 };
 
 // The host's part: y[t] = sum over the pairs of token t, by rising expert, of weight * down(silu(gate x) * up x); ref and cpu only.
@@ -305,6 +308,9 @@ class Device {
   virtual void reserve_staging(int64_t records, int64_t record_bytes, int experts, std::span<const int32_t> slot_of) {
     (void)records, (void)record_bytes, (void)experts, (void)slot_of;
   }
+  // On a device whose memory is the host's: brings experts into the caches of those who will need them in expert_pairs, one expert after the
+  // other, until stop() says so, which any thread may ask. Returns how many were read to their end.
+  virtual size_t read_ahead(const Experts& experts, std::span<const int32_t> ids, const std::function<bool()>& stop) { return (void)experts, (void)ids, (void)stop, 0; }
   // Starts to bring the records without a slot into staging memory. Each call is for a layer whose D5 and D6 of many tokens come in the order
   // of these calls, at most one layer ahead of them.
   virtual void stage_experts(const Experts& experts) { (void)experts; }

@@ -12,6 +12,11 @@
 //
 // Which expert is where depends on the experts chosen so far alone, never on timing: the same tokens give the same places.
 //
+// What a layer will choose shows early: its router, given the residual stream as the layer before leaves it, without this layer's mixer, names
+// nine of ten experts right (Qwen3-Next's shape with random weights, and the test model). So while a device waits for the host's part of
+// one layer it tells which experts it will likely ask for in the next. Until it does the host brings these into its caches. That is advice:
+// it changes no place and no number, and may come late or not at all.
+//
 // Longer calls (prefill) read every expert: the device brings those without a slot into staging memory, a layer ahead of the computation.
 // Slots stay as they are.
 #pragma once
@@ -49,7 +54,9 @@ QN_HD constexpr int fetched_misses(int n, int percent) {
 //   byte 64    done     by the host, when out is written (release): number of the request it has answered
 //   byte 128   layer, tokens, pairs
 //   then       token (P), expert (P), weight (P): P = kPlacedTokens * K;  x (kPlacedTokens, D), out (kPlacedTokens, D)
+//   then       likely  by the device, when the rest is written (release): number of the advice; its layer, how many; 64 bytes on: expert (P)
 //
+// The next advice may be written while the host reads one: it may find a mixture, so it takes no number for granted.
 // One request is under way at a time: the device does not ask again before it has used the answer. Pairs are sorted by nothing; those of
 // one expert may lie apart. out[t] = sum over pairs of token t of weight * down(silu(gate) * up), in order of the experts' numbers.
 struct ExpertBox {
@@ -57,9 +64,11 @@ struct ExpertBox {
   int32_t *layer = nullptr, *tokens = nullptr, *pairs = nullptr;
   int32_t *token = nullptr, *expert = nullptr;
   float *weight = nullptr, *x = nullptr, *out = nullptr;
-  uint32_t* pending = nullptr;  // memory of the device (2): the request whose answer is awaited, 0: none; the last number given
+  uint32_t* likely = nullptr;
+  int32_t *likely_layer = nullptr, *likely_count = nullptr, *likely_expert = nullptr;
+  uint32_t* pending = nullptr;  // memory of the device (3): the request whose answer is awaited, 0: none; the last number given; that of advice
 };
-inline int64_t expert_box_bytes(int64_t chosen, int64_t d) { return 192 + kPlacedTokens * (chosen * 12 + d * 8) + 128; }
+inline int64_t expert_box_bytes(int64_t chosen, int64_t d) { return 192 + kPlacedTokens * (chosen * 16 + d * 8) + 256; }
 inline ExpertBox expert_box(void* memory, int64_t chosen, int64_t d, uint32_t* pending) {
   uint8_t* p = static_cast<uint8_t*>(memory);
   const int64_t pairs = kPlacedTokens * chosen, lists = 192 + (pairs * 12 + 63) / 64 * 64;
@@ -68,6 +77,9 @@ inline ExpertBox expert_box(void* memory, int64_t chosen, int64_t d, uint32_t* p
   b.layer = reinterpret_cast<int32_t*>(p + 128), b.tokens = b.layer + 1, b.pairs = b.layer + 2;
   b.token = reinterpret_cast<int32_t*>(p + 192), b.expert = b.token + pairs, b.weight = reinterpret_cast<float*>(b.expert + pairs);
   b.x = reinterpret_cast<float*>(p + lists), b.out = b.x + kPlacedTokens * d;
+  uint8_t* const advice = reinterpret_cast<uint8_t*>(b.out) + (kPlacedTokens * d * 4 + 63) / 64 * 64;
+  b.likely = reinterpret_cast<uint32_t*>(advice), b.likely_expert = reinterpret_cast<int32_t*>(advice + 64);
+  b.likely_layer = reinterpret_cast<int32_t*>(advice + 4), b.likely_count = b.likely_layer + 1;
   b.pending = pending;
   return b;
 }

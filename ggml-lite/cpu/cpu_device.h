@@ -55,6 +55,7 @@ class CpuDevice final : public Device {
   void zero(void* to, size_t n) override;
   uint64_t scratch_bytes(const OpLimits& limits) const override;
   void reserve(const OpLimits& limits) override;
+  size_t read_ahead(const Experts& experts, std::span<const int32_t> ids, const std::function<bool()>& stop) override;
   double read_bandwidth(uint64_t most) override { return cpu_read_bandwidth(threads_.size(), most); }
 
  private:
@@ -81,38 +82,29 @@ class CpuDevice final : public Device {
   uint8_t* unpacked(int thread) const { return unpacked_ + thread * unpacked_size_; }
 
   // ---- inside a parallel region
-  // body(Range) on contiguous ranges of n units, each unit once, over all threads. More ranges than threads even out threads of
-  // unequal speed; fewer keep the streams long.
+  // body(Range) on contiguous ranges of n units, each unit once, over all threads: a thread's own ranges, one behind the other, then what is
+  // left of others'. More ranges than threads even out threads of unequal speed; fewer keep the streams long.
   template <class Body>
-  void spread(int64_t n, int per_thread, Body body, int64_t first = -1) {
+  void spread(int thread, int64_t n, int per_thread, Body body) {
     const int count = ranges(n, per_thread);
-    for (int64_t i = first < 0 ? threads_.next_task() : first; i < count; i = threads_.next_task()) body(share(n, static_cast<int>(i), count));
-  }
-  // The same, but thread i begins with range i, so that it knows what it will read before there is anything to do. `taken`: how many tasks the
-  // lists before this one in the same run() took, each of them followed by a barrier; returns how many they are with this one: a thread
-  // leaves with the first number that is no range, so every list takes as many as it has ranges.
-  template <class Body>
-  int64_t spread_from(int thread, int64_t n, int per_thread, int64_t taken, Body body) {
-    const int count = ranges(n, per_thread), threads = threads_.size();
-    for (int64_t i = thread; i < count; i = threads + threads_.next_task() - taken) body(share(n, static_cast<int>(i), count));
-    return taken + count;
+    threads_.spread(thread, 0, count, [&](int64_t i) { body(share(n, static_cast<int>(i), count)); });
   }
   int ranges(int64_t n, int per_thread) const {
     return static_cast<int>(std::min<int64_t>(n, threads_.size() == 1 ? 1 : per_thread * threads_.size()));
   }
-  // For a thread that has nothing to prepare: takes its first range for spread() and asks for the weights where(unit) that begin it, so
-  // that memory works while other threads do.
+  // For a thread that has nothing to prepare: asks for the weights where(unit) that begin its first range, so that memory works while other
+  // threads do.
   template <class Where>
-  int64_t look_ahead(int64_t n, int per_thread, Where where) {
+  void look_ahead(int thread, int64_t n, int per_thread, Where where) {
     const int count = ranges(n, per_thread);
-    const int64_t i = threads_.next_task();
-    if (i >= count) return i;
-    const uint8_t* w = where(share(n, static_cast<int>(i), count).begin);
+    const Range mine = share(count, thread, threads_.size());
+    if (mine.begin == mine.end) return;
+    const uint8_t* w = where(share(n, static_cast<int>(mine.begin), count).begin);
     for (int64_t at = 0; at < kLookAhead; at += 64) __builtin_prefetch(w + at, 0, 2);
-    return i;
   }
   static constexpr int64_t kLookAhead = 16384;
   void norm(const float* x, const Tensor& w, float eps, int64_t n, float* y) const;  // an empty w copies
+  Range part_of_expert(int64_t n, int thread, int32_t id) const { return share(n, (thread + id) % threads_.size(), threads_.size()); }
   struct Routed;
   void route(const MoeGateUpArgs& a, int64_t t) const;
   void sort_by_expert(const Tensor& ids, int experts, Routed& r) const;

@@ -46,7 +46,7 @@ void CpuDevice::do_norm_matmul(const NormMatmulArgs& a) {
       if (a.w) kernels_.prepare(w.product, a.act, row, xw[t]);
     }
     const int64_t units = w.panels() + exact.panels();
-    const int64_t first = mine.end > mine.begin ? -1 : look_ahead(units, 4, [&](int64_t i) {
+    if (mine.end == mine.begin) look_ahead(thread, units, 4, [&](int64_t i) {
       return i < w.panels() ? w.data + i * w.panel_stride : exact.data + (i - w.panels()) * exact.panel_stride;
     });
     threads_.barrier(thread);
@@ -55,10 +55,10 @@ void CpuDevice::do_norm_matmul(const NormMatmulArgs& a) {
         for (int t = 0; t < n; t++) std::memcpy(y.f32(t0 + t) + row, tile + t * kPanelRows, rows * 4);
       };
     };
-    spread(units, 4, [&](Range r) {
+    spread(thread, units, 4, [&](Range r) {
       multiply(w, clip(r, 0, w.panels()), xw.x, tokens, unpacked(thread), store(a.y));
       multiply(exact, clip(r, w.panels(), units), x.x, tokens, unpacked(thread), store(a.y_exact));
-    }, first);
+    });
   });
 }
 
@@ -76,14 +76,14 @@ void CpuDevice::add_product(const char* op, const Tensor& weights, Act act, cons
       fill(t, local(thread));
       kernels_.prepare(w.product, act, local(thread), x[t]);
     }
-    const int64_t first = mine.end > mine.begin ? -1 : look_ahead(w.panels(), 4, [&](int64_t i) { return w.data + i * w.panel_stride; });
+    if (mine.end == mine.begin) look_ahead(thread, w.panels(), 4, [&](int64_t i) { return w.data + i * w.panel_stride; });
     threads_.barrier(thread);
-    spread(w.panels(), 4, [&](Range r) {
+    spread(thread, w.panels(), 4, [&](Range r) {
       multiply(w, r, x.x, tokens, unpacked(thread), [&](int64_t row, int rows, int64_t t0, int n, const float* tile) {
         for (int t = 0; t < n; t++)
           for (int i = 0; i < rows; i++) h.f32(t0 + t)[row + i] += tile[t * kPanelRows + i];
       });
-    }, first);
+    });
   });
 }
 

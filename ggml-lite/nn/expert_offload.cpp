@@ -22,9 +22,13 @@ struct ExpertHost::Impl {
   struct Client {
     ExpertBox box;
     std::vector<Experts> layers;
-    Act act;
-    uint32_t seen = 0;
+    Act act = Act::F32;
+    int chosen = 0;
+    uint32_t seen = 0, likely_seen = 0;
+    int32_t ahead_layer = -1;
+    std::vector<int32_t> ahead;  // experts of that layer which were read ahead
     bool asks() const { return std::atomic_ref(*box.request).load(std::memory_order_acquire) != seen; }
+    bool advises() const { return std::atomic_ref(*box.likely).load(std::memory_order_acquire) != likely_seen; }
   };
 
   std::unique_ptr<Device> device;
@@ -34,7 +38,7 @@ struct ExpertHost::Impl {
   bool awake = false, stop = false;  // under the mutex
   std::exception_ptr error;          // under the mutex
   std::atomic<int64_t> expected{0};  // calls of expect()
-  std::atomic<uint64_t> requests{0}, experts{0}, nanoseconds{0};
+  std::atomic<uint64_t> requests{0}, experts{0}, ahead{0}, nanoseconds{0};
   std::thread thread;
 
   void answer(Client& c) {
@@ -48,9 +52,12 @@ struct ExpertHost::Impl {
       a.x = view(c.box.x, DType::F32, tokens, a.experts.d), a.y = view(c.box.out, DType::F32, tokens, a.experts.d);
       a.token = view(c.box.token, DType::I32, pairs), a.expert = view(c.box.expert, DType::I32, pairs), a.weight = view(c.box.weight, DType::F32, pairs);
       a.act = c.act;
-      int64_t distinct = 0;
-      for (int64_t i = 0; i < pairs; i++) distinct += std::find(c.box.expert, c.box.expert + i, c.box.expert[i]) == c.box.expert + i;
-      experts += static_cast<uint64_t>(distinct);
+      uint64_t distinct = 0, known = 0;
+      for (int64_t i = 0; i < pairs; i++) {
+        if (std::find(c.box.expert, c.box.expert + i, c.box.expert[i]) != c.box.expert + i) continue;
+        distinct++, known += *c.box.layer == c.ahead_layer && std::ranges::find(c.ahead, c.box.expert[i]) != c.ahead.end();
+      }
+      experts += distinct, ahead += known;
       device->expert_pairs(a);
     } catch (...) {
       failed = std::current_exception();
@@ -63,12 +70,29 @@ struct ExpertHost::Impl {
     if (!error) error = failed;
   }
 
+  // Follows advice until somebody asks
+  void read_ahead(Client& c) {
+    c.likely_seen = std::atomic_ref(*c.box.likely).load(std::memory_order_acquire);
+    const auto volatile_int = [](const int32_t* p) { return std::atomic_ref(*const_cast<int32_t*>(p)).load(std::memory_order_relaxed); };
+    const int32_t layer = volatile_int(c.box.likely_layer), count = volatile_int(c.box.likely_count);
+    c.ahead.clear(), c.ahead_layer = layer;
+    if (layer < 0 || static_cast<size_t>(layer) >= c.layers.size() || count < 0 || count > kPlacedTokens * c.chosen) return;
+    const Experts& e = c.layers[static_cast<size_t>(layer)];
+    for (int32_t i = 0; i < count; i++) {
+      const int32_t id = volatile_int(c.box.likely_expert + i);
+      if (id < 0 || id >= e.count) continue;
+      c.ahead.push_back(id);
+    }
+    c.ahead.resize(device->read_ahead(e, c.ahead, [this] { return std::ranges::any_of(clients, &Client::asks); }));
+  }
+
   void poll() {
     int64_t last_expected = expected;
     auto last = Clock::now();
     for (uint32_t n = 1;; n++) {
       for (Client& c : clients)
         if (c.asks()) answer(c), last = Clock::now();
+        else if (c.advises()) read_ahead(c);
 #if defined(__x86_64__)
       __builtin_ia32_pause();
 #endif
@@ -116,7 +140,8 @@ void ExpertHost::attach(const ExpertBox& box, std::vector<Experts> layers, int c
   l.tokens = kPlacedTokens, l.width = std::max(e.d, 2 * e.f), l.experts = e.count, l.chosen = chosen, l.expert_width = e.f, l.model_width = e.d;
   impl_->device->reserve(l);
   for (Experts& x : layers) x.home = nullptr;
-  impl_->clients.push_back({box, std::move(layers), act});
+  Impl::Client& c = impl_->clients.emplace_back();
+  c.box = box, c.layers = std::move(layers), c.act = act, c.chosen = chosen;
 }
 
 void ExpertHost::expect() {
@@ -133,7 +158,7 @@ void ExpertHost::check() {
   if (const std::exception_ptr e = std::exchange(impl_->error, nullptr)) std::rethrow_exception(e);
 }
 
-ExpertHost::Counts ExpertHost::counts() const { return {impl_->requests, impl_->experts, 1e-9 * static_cast<double>(impl_->nanoseconds)}; }
+ExpertHost::Counts ExpertHost::counts() const { return {impl_->requests, impl_->experts, impl_->ahead, 1e-9 * static_cast<double>(impl_->nanoseconds)}; }
 
 uint64_t ExpertOffload::device_bytes(int64_t layers, const Experts& one, int slots) {
   const auto stride = static_cast<uint64_t>(one.layout().stride), e = static_cast<uint64_t>(one.count), s = static_cast<uint64_t>(slots), n = static_cast<uint64_t>(layers);

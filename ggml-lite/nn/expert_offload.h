@@ -4,7 +4,8 @@
 //   device (a recording)        box (pinned memory)          helper's thread
 //   place --- request n, x -->                        -----> polls; experts of the pairs on the CPU device
 //   fetch, gate_up, down
-//   join  <--                   out, done n           <-----
+//   join  --- likely experts -->                      -----> reads those of the next layer into its caches, when it has answered, until that asks
+//         <--                   out, done n           <-----
 #pragma once
 #include <memory>
 #include <utility>
@@ -31,7 +32,7 @@ class ExpertHost {
   void check();
 
   struct Counts {
-    uint64_t requests = 0, experts = 0;
+    uint64_t requests = 0, experts = 0, ahead = 0;  // ahead: of these experts, those it had read ahead of the request
     double seconds = 0;
   };
   Counts counts() const;

@@ -2,7 +2,8 @@
 
 namespace qn {
 
-void sparse_moe(Device& device, const MoeWeights& w, const MoeScratch& s, const Tensor& h, float eps, Act act, Act expert_act) {
+void sparse_moe(Device& device, const MoeWeights& w, const MoeScratch& s, const Tensor& h, float eps, Act act, Act expert_act,
+                const MoeWeights* next) {
   const int64_t t = h.rows();
 
   MoeRouterArgs r;
@@ -32,6 +33,7 @@ void sparse_moe(Device& device, const MoeWeights& w, const MoeScratch& s, const 
   if (!placed) return;
   JoinExpertsArgs join;
   join.box = s.box, join.h = h;
+  if (next && next->experts.home) join.next_norm = next->norm, join.next_router = next->router, join.next = next->experts, join.chosen = next->chosen;
   device.join_experts(join);
 }
 

@@ -26,7 +26,7 @@ struct MoeScratch {
   ExpertBox box;        // where experts have a home
 };
 
-// h (T, D) in/out
-void sparse_moe(Device& device, const MoeWeights& w, const MoeScratch& s, const Tensor& h, float eps, Act act, Act expert_act);
+// h (T, D) in/out. next: of the layer behind this one on the same device, or null.
+void sparse_moe(Device& device, const MoeWeights& w, const MoeScratch& s, const Tensor& h, float eps, Act act, Act expert_act, const MoeWeights* next = nullptr);
 
 }  // namespace qn

@@ -665,8 +665,9 @@ void notes(const Run& run) {
   for (const qnext::DevicePlan& d : p.devices)
     if (d.slots) line("experts", qn::format("%s: %d of %d of every layer", d.device.c_str(), d.slots, run.info.experts));
   if (const OffloadUse& o = run.offload; o.steps)
-    line("", qn::format("the CPU computed %.1f in each of %llu steps of a layer, in %.1f us%s", static_cast<double>(o.experts) / static_cast<double>(o.steps),
-                        static_cast<unsigned long long>(o.steps), 1e6 * o.seconds / static_cast<double>(o.steps), o.pinned ? "" : "; the GPU cannot fetch: memory is not pinned"));
+    line("", qn::format("the CPU computed %.1f in each of %llu steps of a layer, %.0f %% of them read ahead, in %.1f us%s",
+                        static_cast<double>(o.experts) / static_cast<double>(o.steps), static_cast<unsigned long long>(o.steps),
+                        100 * static_cast<double>(o.ahead) / static_cast<double>(o.experts), 1e6 * o.seconds / static_cast<double>(o.steps), o.pinned ? "" : "; the GPU cannot fetch: memory is not pinned"));
   if (run.outlook) {
     const qn::Forecast& f = run.outlook->forecast;
     line("", qn::format("%.1f experts of a token and layer have no slot; host memory %.1f GB/s, bus %.1f GB/s: at these speeds and nothing waiting %.1f tok/s", f.misses,
