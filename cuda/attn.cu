@@ -172,13 +172,20 @@ __device__ __forceinline__ void prepare(const Attn& a, const Few& f, const Early
   HeadRow<kWidth> q = early.q;
   for (int r = warp; r < 8 * tiles; r += kWarps) {
     const int i = r >> 3, g = r & 7, t = i / per_token, h = i % per_token * 8 + g;
+    const int j = (r + kWarps) >> 3, t_next = j / per_token, h_next = j % per_token * 8 + g;
+    float next[kWidth / 32];  // on its way while this row is made
+    if (r + kWarps < 8 * tiles && h_next < group) {
+#pragma unroll
+      for (int e = 0; e < kWidth / 32; e++) next[e] = a.query(f.first + t_next, head * group + h_next)[32 * e + lane];
+    }
     if (h < group) {
-      if (r != warp) q.load(a, a.query(f.first + t, head * group + h), a.q_norm);
       norm_rotate(a, q, pos + t, row);
       store_query<Cache>(row, a.q_scale, g, query + i * (kQueryBytes / 16));
     } else {
       for (int e = lane; e < 64; e += 32) query[i * (kQueryBytes / 16) + (e >> 2) * 32 + 4 * g + (e & 3)] = make_uint4(0, 0, 0, 0);
     }
+#pragma unroll
+    for (int e = 0; e < kWidth / 32; e++) q.v[e] = next[e];
     __syncwarp();
   }
   if (!fresh || warp >= f.tokens) return;

@@ -3,15 +3,13 @@
 //   place  one block: every token's choice by a warp, then the list of distinct experts, hits, misses. The host's request goes out first, for
 //          the host is what the others will wait for; then victims are looked for.
 //   fetch  host memory -> slots, over the bus; a few dozen blocks keep it busy
-//   likely the router of the next layer on what there is of its input: advice to the host (two kernels, while the host is at work)
+//   likely the router of the next layer on what there is of its input: advice to the host
 //   join   waits for the host's answer and adds it
 //
 // Ordering. The box is written by all threads of `place`: each fences (membar.sys), the block meets, one thread stores `request` with release at
 // system scope. The host's thread sees the number with acquire, computes, writes `out` and stores `done` with release; `join` polls with acquire
 // and then reads `out` past the caches. The next request comes from the next layer's `place`, which runs after `join`: the host's reads of the
 // box are over by then, since it has answered.
-#include <algorithm>
-
 #include "cuda/choice.cuh"
 #include "cuda/decode.cuh"
 
@@ -134,8 +132,8 @@ __global__ void __launch_bounds__(kThreads) place_experts_k(const Place a) {
 
 // 64 bytes of a record per thread and round
 __global__ void __launch_bounds__(kFetchThreads) fetch_experts_k(const int32_t* fetch, const uint8_t* host, uint8_t* slots, int64_t stride) {
-  let_next_start();
   wait_for_previous();
+  let_next_start();  // not before: likely_experts_k reads what the kernels before have left
   const int count = fetch[0];
   const int64_t pieces = stride / 16, step = static_cast<int64_t>(gridDim.x) * kFetchThreads;
   for (int i = 0; i < count; i++) {
@@ -158,66 +156,74 @@ struct Likely {
   int64_t ldh;
   Stored router;          // (E, D)
   int tokens, experts, chosen, d;
+  bool beside;            // fetch_experts_k is the kernel before
   float* logits;          // (T, E)
   ExpertHome home;        // of the next layer's experts
   ExpertBox box;
 };
 
-// A warp has an expert. Logits but for a factor that all of a token have in common: the norm's, which changes no order.
-__global__ void __launch_bounds__(256) likely_logits_k(const Likely a) {
-  const int expert = static_cast<int>(blockIdx.x) * 8 + warp_id();
+// A warp has an expert; the logits lack a factor that all of a token have in common, the norm's, which changes no order. The block that is
+// last chooses, and tells first what the device will leave to the host.
+//
+// Beside a fetch it does not wait for that, but runs while the bus is busy: fetch_experts_k lets it start behind its own wait, when the
+// kernels before have ended, and their writes are in the L2 cache, from where h is loaded. (Were something of that old, the advice would be worse.)
+__global__ void __launch_bounds__(256) likely_experts_k(const Likely a) {
+  extern __shared__ int32_t memory[];
+  __shared__ Candidate list[kPlacedTokens][32];
+  __shared__ bool last;
+  const int lane = lane_id(), warp = warp_id(), expert = static_cast<int>(blockIdx.x) * 8 + warp, n = a.tokens * a.chosen;
+  if (!a.beside) wait_for_previous();
   let_next_start();
-  wait_for_previous();
-  if (expert >= a.experts) return;
-  float sum[kPlacedTokens] = {};
-  for (int k = 8 * lane_id(); k < a.d; k += 256) {
-    float w[8];
-    decode8(a.router, expert, k, w);
+  if (expert < a.experts) {
+    float sum[kPlacedTokens] = {};
+    for (int k = 8 * lane; k < a.d; k += 256) {
+      float w[8];
+      decode8(a.router, expert, k, w);
 #pragma unroll
-    for (int i = 0; i < 8; i++) w[i] *= a.norm[k + i];
+      for (int i = 0; i < 8; i++) w[i] *= a.norm[k + i];
+#pragma unroll
+      for (int t = 0; t < kPlacedTokens; t++) {
+        if (t >= a.tokens) break;
+#pragma unroll
+        for (int i = 0; i < 8; i++) sum[t] = fmaf(w[i], load_past_l1(a.h + t * a.ldh + k + i), sum[t]);
+      }
+    }
 #pragma unroll
     for (int t = 0; t < kPlacedTokens; t++) {
       if (t >= a.tokens) break;
-#pragma unroll
-      for (int i = 0; i < 8; i++) sum[t] = fmaf(w[i], a.h[t * a.ldh + k + i], sum[t]);
+      const float s = warp_sum(sum[t]);
+      if (lane == 0) a.logits[t * a.experts + expert] = s;
     }
   }
-#pragma unroll
-  for (int t = 0; t < kPlacedTokens; t++) {
-    if (t >= a.tokens) break;
-    const float s = warp_sum(sum[t]);
-    if (lane_id() == 0) a.logits[t * a.experts + expert] = s;
-  }
-}
-
-// One block: every token's choice by a warp; of the distinct ones without a slot first those that the device will leave to the host.
-__global__ void __launch_bounds__(32 * kPlacedTokens) likely_experts_k(const Likely a) {
-  extern __shared__ int32_t memory[];
-  __shared__ Candidate list[kPlacedTokens][32];
-  const int lane = lane_id(), n = a.tokens * a.chosen;
-  int32_t *ids = memory, *missing = memory + n;
-  let_next_start();
-  wait_for_previous();
-  if (warp_id() < a.tokens) top(Logits{a.logits + warp_id() * a.experts}, a.experts, a.chosen, ids + warp_id() * a.chosen, list[warp_id()]);
+  __threadfence();
   __syncthreads();
-  if (warp_id() > 0) return;
-  int misses = 0;
-  for (int base = 0; base < n; base += 32) {
-    const int i = base + lane;
-    bool miss = i < n;
-    for (int j = 0; miss && j < i; j++) miss = ids[j] != ids[i];
-    miss = miss && a.home.slot_of[ids[i]] < 0;
-    const unsigned all = __ballot_sync(kAll, miss);
-    if (miss) missing[misses + __popc(all & ((1u << lane) - 1))] = ids[i];
-    misses += __popc(all);
+  if (threadIdx.x == 0) last = atomicAdd(a.box.pending + 3, 1u) == gridDim.x - 1;
+  __syncthreads();
+  if (last) {
+    int32_t *ids = memory, *missing = memory + n;
+    for (int t = warp; t < a.tokens; t += 8) top(EarlyLogits{a.logits + t * a.experts}, a.experts, a.chosen, ids + t * a.chosen, list[t]);
+    __syncthreads();
+    if (warp == 0) {
+      int misses = 0;
+      for (int base = 0; base < n; base += 32) {
+        const int i = base + lane;
+        bool miss = i < n;
+        for (int j = 0; miss && j < i; j++) miss = ids[j] != ids[i];
+        miss = miss && a.home.slot_of[ids[i]] < 0;
+        const unsigned all = __ballot_sync(kAll, miss);
+        if (miss) missing[misses + __popc(all & ((1u << lane) - 1))] = ids[i];
+        misses += __popc(all);
+      }
+      __syncwarp();
+      const int fetched = fetched_misses(misses, a.home.host ? a.home.fetch_percent : 0);
+      for (int i = lane; i < misses; i += 32) a.box.likely_expert[i] = missing[(i + fetched) % misses];
+      if (lane == 0) *a.box.likely_layer = a.home.layer, *a.box.likely_count = misses;
+      __threadfence_system();
+      __syncwarp();
+      if (lane == 0) a.box.pending[3] = 0, store_release_system(a.box.likely, ++a.box.pending[2]);
+    }
   }
-  __syncwarp();
-  const int fetched = fetched_misses(misses, a.home.host ? a.home.fetch_percent : 0);
-  for (int i = lane; i < misses; i += 32) a.box.likely_expert[i] = missing[(i + fetched) % misses];
-  if (lane == 0) *a.box.likely_layer = a.home.layer, *a.box.likely_count = misses;
-  __threadfence_system();
-  __syncwarp();
-  if (lane == 0) store_release_system(a.box.likely, ++a.box.pending[2]);
+  if (a.beside) wait_for_previous();  // who comes behind relies on the fetch
 }
 
 __global__ void __launch_bounds__(256) join_experts_k(const ExpertBox box, int n4, float4* h) {
@@ -245,21 +251,19 @@ void place_experts(const Context& c, const PlaceExpertsArgs& args) {
   Scratch s(c);
   a.fetch = s.take<int32_t>(1 + 2 * kPlacedTokens * a.chosen);
   launch(c, "place_experts", place_experts_k, dim3(1), dim3(kThreads), static_cast<size_t>(2 * a.tokens * a.chosen) * 4, a);
-  if (a.home.host && a.home.fetch_percent > 0)
+  const bool fetches = a.home.host && a.home.fetch_percent > 0;
+  if (fetches)
     launch(c, "place_experts: fetch", fetch_experts_k, dim3(kFetchBlocks), dim3(kFetchThreads), 0, a.fetch, a.home.host, a.home.slots, a.stride);
+  if (!args.next_router) return;
+  Likely l{};
+  l.h = args.h.f32(), l.norm = args.next_norm.f32(), l.ldh = args.h.row_stride, l.router = stored(args.next_router);
+  l.tokens = a.tokens, l.experts = args.next.count, l.chosen = a.chosen, l.d = a.d;
+  l.beside = fetches && c.overlap, l.home = *args.next.home, l.box = a.box;
+  l.logits = s.take<float>(kPlacedTokens * int64_t{l.experts});
+  launch(c, "place_experts: likely", likely_experts_k, dim3(static_cast<unsigned>((l.experts + 7) / 8)), dim3(256), static_cast<size_t>(2 * l.tokens * l.chosen) * 4, l);
 }
 
 void join_experts(const Context& c, const JoinExpertsArgs& a) {
-  if (a.next_router) {
-    Likely l{};
-    l.h = a.h.f32(), l.norm = a.next_norm.f32(), l.ldh = a.h.row_stride, l.router = stored(a.next_router);
-    l.tokens = static_cast<int>(a.h.rows()), l.experts = a.next.count, l.chosen = a.chosen, l.d = static_cast<int>(a.h.cols());
-    l.home = *a.next.home, l.box = a.box;
-    Scratch s(c);
-    l.logits = s.take<float>(kPlacedTokens * int64_t{l.experts});
-    launch(c, "join_experts: likely logits", likely_logits_k, dim3(static_cast<unsigned>((l.experts + 7) / 8)), dim3(256), 0, l);
-    launch(c, "join_experts: likely experts", likely_experts_k, dim3(1), dim3(32 * kPlacedTokens), static_cast<size_t>(2 * l.tokens * l.chosen) * 4, l);
-  }
   const int n4 = static_cast<int>(a.h.rows() * a.h.cols() / 4);
   launch(c, "join_experts", join_experts_k, dim3(static_cast<unsigned>((n4 + 255) / 256)), dim3(256), 0, a.box, n4, reinterpret_cast<float4*>(a.h.f32()));
 }
@@ -267,9 +271,8 @@ void join_experts(const Context& c, const JoinExpertsArgs& a) {
 size_t place_experts_scratch(const OpLimits& l) {
   Scratch s;
   s.take<int32_t>(1 + 2 * kPlacedTokens * l.chosen);
-  Scratch join;
-  join.take<float>(kPlacedTokens * int64_t{l.experts});
-  return std::max(s.used(), join.used());
+  s.take<float>(kPlacedTokens * int64_t{l.experts});
+  return s.used();
 }
 
 }  // namespace qn::cuda

@@ -84,6 +84,7 @@ struct GateUp {
   bool renormalise, int8;
   int32_t* ids;                    // (T, K)
   float *weights, *inner;          // (T, K), (T*K, F)
+  uint16_t* rounded;               // (T*K, F) or null: rounded_inner()
   int panels, slabs;               // of an expert, of a panel
   GateUpLayout at;
 };
@@ -139,7 +140,11 @@ __device__ __forceinline__ void finish_panel(const GateUp& a, const float4* part
 #pragma unroll 1
   for (int t = 0; t < a.tokens; t++) {
     const int j = find(ids + t * a.chosen, 0, a.chosen, e);
-    if (j >= 0 && lane % 4 == t / 2) a.inner[static_cast<int64_t>(t * a.chosen + j) * a.f + panel * 8 + lane / 4] = t % 2 ? odd : even;
+    if (j < 0 || lane % 4 != t / 2) continue;
+    const int64_t row = static_cast<int64_t>(t * a.chosen + j) * a.f;
+    const int k = panel * 8 + lane / 4;
+    a.inner[row + k] = t % 2 ? odd : even;
+    if (a.rounded) a.rounded[row + rounded_at(k)] = bf16_bits(t % 2 ? odd : even);
   }
 }
 
@@ -303,7 +308,11 @@ __global__ void __launch_bounds__(kMaxTeams * kTeam * 32, 1) moe_gate_up_one_k(c
       float2 sum = sums[lane];
 #pragma unroll
       for (int i = 1; i < kTeam; i++) sum.x += sums[i * 8 + lane].x, sum.y += sums[i * 8 + lane].y;
-      a.inner[static_cast<int64_t>(unit / a.panels) * a.f + unit % a.panels * 8 + lane] = silu(sum.x) * sum.y;
+      const int64_t row = static_cast<int64_t>(unit / a.panels) * a.f;
+      const int k = unit % a.panels * 8 + lane;
+      const float inner = silu(sum.x) * sum.y;
+      a.inner[row + k] = inner;
+      if (a.rounded) a.rounded[row + rounded_at(k)] = bf16_bits(inner);
     }
   }
 }
@@ -367,12 +376,17 @@ void moe_few_gate_up(const Context& c, const MoeGateUpArgs& args) {
   a.tokens = count(args.x.rows()), a.experts = args.experts.count, a.chosen = count(args.ids.cols());
   a.renormalise = args.renormalise, a.int8 = args.act == Act::INT8;
   a.ids = args.ids.i32(), a.weights = args.weights.f32(), a.inner = args.inner.f32();
+  if (plain(args.act, args.experts)) a.rounded = rounded_inner(c, int64_t{a.tokens} * a.chosen, a.f);
   if (plain(args.act, args.experts)) launch_gate_up<DType::INT4, true>(c, args, a);
   else if (args.experts.dtype == DType::INT4) launch_gate_up<DType::INT4, false>(c, args, a);
   else if (args.experts.dtype == DType::INT8) launch_gate_up<DType::INT8, false>(c, args, a);
   else launch_gate_up<DType::BF16, false>(c, args, a);
 }
 
-size_t moe_scratch(const OpLimits&) { return 0; }
+size_t moe_scratch(const OpLimits& l) {
+  Scratch s;
+  s.take<uint16_t>(kFewTokens * l.chosen * l.expert_width);
+  return s.used();
+}
 
 }  // namespace qn::cuda

@@ -242,6 +242,7 @@ constexpr int kQuickPitch = QuickSlab::kWidth + QuickSlab::kPad;
 struct QuickDown {
   Down down;             // its offsets too
   const float* logits;   // (T, E) or null: the ids are to be read
+  const uint16_t* rounded;  // rounded_inner(), or null: inner is to be rounded
   int experts, at_once;
   int x, weights, ids, order, list;  // offsets: (T*K, kQuickPitch) BF16, (T*K), (T*K), (T*K), (T, 32) Candidate; slabs lie at 0
 };
@@ -310,6 +311,19 @@ __global__ void __launch_bounds__(kBounds, 1) moe_down_quick_k(const __grid_cons
   ask_for_h(a, panel, h);
   if (tid < a.choices) weights[tid] = a.weights[tid];
   constexpr int kBatch = 8;  // loads of a lane at once
+  if (q.rounded) {  // a warp fetches the rows that it multiplies with
+#pragma unroll 1
+    for (int i = next(warp); i < a.choices; i = next(i + a.choice_warps))
+#pragma unroll 1
+      for (int same = i; same < a.choices && expert(same) == expert(i); same++) {
+        const int c = order[same] & 0xffff;
+        const uint16_t* from = q.rounded + c * S::kWidth + 8 * lane;
+        uint16_t* to = reinterpret_cast<uint16_t*>(shared + q.x) + c * kQuickPitch + 8 * lane;
+        static_assert(S::kWidth == 2 * 256);
+        copy_async16(to, from), copy_async16(to + 256, from + 256);
+      }
+    copy_async_commit();
+  } else
 #pragma unroll 1
   for (int begin = warp; begin < a.choices * S::kChunks; begin += kBatch * a.choice_warps) {
     float4 v[kBatch];
@@ -327,6 +341,8 @@ __global__ void __launch_bounds__(kBounds, 1) moe_down_quick_k(const __grid_cons
     }
   }
   sync();
+  copy_async_wait<0>();
+  __syncwarp();
   const int g = lane / 4, t = lane % 4;
 #pragma unroll 1
   for (int i = next(warp), room = 0, phase = 0; i < a.choices; i = next(i + a.choice_warps)) {
@@ -419,8 +435,8 @@ void moe_few_down(const Context& c, const MoeDownArgs& args) {
   };
   if (plain(args.act, args.experts) && f == QuickSlab::kWidth && a.chosen <= kMaxChoices / kFewTokens && args.experts.count < 1 << 15) {
     // Up to 4 tokens: what has room beside gate_up (measured: of 8 to 16 warps with 1 or 2 slabs)
-    const bool early = args.logits && !a.where && moe_gate_up_waits_first(c, a.d, args.experts.count, a.chosen);
-    QuickDown q{a, early ? args.logits.f32() : nullptr, args.experts.count, a.tokens > 4 ? 2 : 1, 0, 0, 0, 0, 0};
+    const bool behind = args.logits && moe_gate_up_waits_first(c, a.d, args.experts.count, a.chosen), early = behind && !a.where;  // gate_up
+    QuickDown q{a, early ? args.logits.f32() : nullptr, behind ? rounded_inner(c, a.choices, f) : nullptr, args.experts.count, a.tokens > 4 ? 2 : 1, 0, 0, 0, 0, 0};
     q.down.choice_warps = std::clamp(a.choices, kSumWarps, a.tokens > 4 ? 12 : a.tokens > 1 ? 10 : kMaxChoiceWarps);
     while (lay_out(q) > room && q.at_once > 1) q.at_once--;
     while (lay_out(q) > room && q.down.choice_warps > kSumWarps) q.down.choice_warps--;

@@ -48,6 +48,10 @@ __device__ __forceinline__ float store_rounded(float4 v, bool int8, uint16_t* to
   return scale;
 }
 
+// Where value k of a row lies that store_rounded<INT4> has stored
+__device__ __forceinline__ int rounded_at(int k) { return (k & ~15) + int4_position(k & 15); }
+__device__ __forceinline__ uint16_t bf16_bits(float v) { return static_cast<uint16_t>(pack_bf16(v, 0.f)); }
+
 // 16 rows x kWidth columns of a matrix, in shared memory of one warp; with copy() each lane copies its fragments itself. What lies beyond K is
 // zero, and so must be x there. Plain: groups of 128 and activations without scales, the case that is made to be fast.
 template <DType W, bool Plain>
@@ -177,6 +181,10 @@ inline Matrix make_matrix(const Tensor& w, int step, int pair) {
 // moe.cu: whether few tokens' gate_up of plain() experts of that width is its own; that of moe_exact.cu lets the next kernel start before it has
 // waited, so that nothing the one before has written may be read early.
 bool moe_gate_up_waits_first(const Context&, int k, int experts, int chosen);
+
+// What gate_up leaves for `down`, when that is the next operation: inner once more, as store_rounded<INT4> has it, (T*K, F), where scratch memory begins; null
+// where there is none. 128 blocks read all of it: half the bytes, and nothing to round.
+inline uint16_t* rounded_inner(const Context& c, int64_t choices, int64_t f) { return Scratch(c).take<uint16_t>(choices * f); }
 
 inline bool plain(Act act, const Experts& e) { return e.dtype == DType::INT4 && e.group == 128 && act == Act::BF16; }
 

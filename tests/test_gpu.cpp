@@ -250,6 +250,33 @@ TEST_CASE("CUDA: two layers of the 80B model: rows of steps of 1 to 8 tokens hav
   }
 }
 
+TEST_CASE("CUDA: guesses among the common tokens of a large vocabulary change no text") {
+  if (no_gpu()) return;
+  qn::TempDir dir;
+  const std::string path = dir / "large.qn";
+  qn::ModelConfig c = qn::synthetic_config("qwen3-next-80b-a3b", 2);
+  c.kinds = {0, 1}, c.vocab = 120000, c.end_tokens = {7};
+  qn::SyntheticOptions make;
+  make.convert.recipe = {DType::INT4, DType::INT8, 0}, make.convert.mtp = true;
+  qn::write_synthetic(c, path, make);
+  Options drafts = options(), plain = options();
+  drafts.draft = 3, plain.draft = 0;
+  Engine with = Engine::open(path, drafts), without = Engine::open(path, plain);
+  for (int from : {0, 119000})  // a text of common tokens, and one of others
+    for (float temperature : {0.f, 1.f}) {
+      Ids prompt = some_tokens(12, 1000);
+      for (int32_t& id : prompt) id += from;
+      GenerateParams p;
+      p.max_tokens = 80, p.sampling.temperature = temperature, p.sampling.seed = 3;
+      Session a(with), b(without);
+      a.sync(prompt), b.sync(prompt);
+      const GenerateResult x = a.generate(p, {}), y = b.generate(p, {});
+      CHECK(x.ids == y.ids);
+      CHECK(x.drafted > 0);
+      CHECK(y.drafted == 0);
+    }
+}
+
 TEST_CASE("CUDA: a generation is the same with and without recordings, again, and as the host would choose") {
   if (no_gpu()) return;
   const std::string path = TestModels::get().path("stories", DType::INT4, DType::BF16, 32);

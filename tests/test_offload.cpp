@@ -176,7 +176,7 @@ TEST_CASE("offload: reading ahead ends at once when told to, and says what is wh
 TEST_CASE("offload: the host follows advice, and survives any") {
   const Records r(DType::INT4, 32, 8, 256, 128);
   std::vector<uint8_t> memory(static_cast<size_t>(expert_box_bytes(4, 256)) + 64);
-  uint32_t pending[3] = {};
+  uint32_t pending[4] = {};
   const ExpertBox box = expert_box(memory.data() + (64 - reinterpret_cast<uintptr_t>(memory.data()) % 64), 4, 256, pending);
   CHECK(reinterpret_cast<const uint8_t*>(box.likely_expert + kPlacedTokens * 4) <= memory.data() + memory.size());
   ExpertHost host(make_cpu_device(2));
@@ -263,8 +263,7 @@ TEST_CASE("CUDA offload: places are those of the simulation, decision for decisi
       for (float& v : norm) v = 1 + 0.5f * normal(random);
       for (uint16_t& v : router) v = float_to_bf16(normal(random));
       const Buffer next_norm = upload_new<float>(*device, norm, "norm"), next_router = upload_new<uint16_t>(*device, router, "router");
-      join.next_norm = view(next_norm.data(), DType::F32, 64), join.next_router = view(next_router.data(), DType::BF16, kExperts, 64);
-      join.next = e, join.chosen = kChosen;
+      p.h = join.h, p.next_norm = view(next_norm.data(), DType::F32, 64), p.next_router = view(next_router.data(), DType::BF16, kExperts, 64), p.next = e;
       const auto advice = [&](const Simulation& now) {  // what should come
         Ids chosen, missing;
         for (int t = 0; t < tokens; t++) {

@@ -310,18 +310,19 @@ void Device::place_experts(const PlaceExpertsArgs& a) {
   QN_CHECK(k > 0 && k <= a.experts.count && a.ids.dtype == DType::I32 && a.ids.rows() == t, "%s: ids: got %s", op, shape(a.ids).c_str());
   check_act(op, "weights", a.weights, t, k);
   check_disjoint(op, {{"ids", a.ids}, {"weights", a.weights}}, {{"x", a.x}, {"logits", a.logits}});
+  if (a.next_router) {
+    check_act(op, "h", a.h, t, d);
+    check_vec(op, "next_norm", a.next_norm, d);
+    check_weight(op, "next_router", a.next_router, a.next.count, d);
+    QN_CHECK(a.next.home && !is_t16(a.next_router.dtype) && k <= a.next.count && d % 8 == 0, "%s: the next layer's experts have no home, or are fewer than %lld", op,
+             static_cast<long long>(k));
+  }
   if (begin(Op::PlaceExperts, 0)) do_place_experts(a);
 }
 
 void Device::join_experts(const JoinExpertsArgs& a) {
   QN_CHECK(a.box.request && a.box.pending && a.h.rows() <= kPlacedTokens, "join_experts: no box, or h is %s", shape(a.h).c_str());
   check_act("join_experts", "h", a.h, a.h.rows(), a.h.cols());
-  if (a.next_router) {
-    check_vec("join_experts", "next_norm", a.next_norm, a.h.cols());
-    check_weight("join_experts", "next_router", a.next_router, a.next.count, a.h.cols());
-    QN_CHECK(a.next.home && !is_t16(a.next_router.dtype) && a.chosen > 0 && a.chosen <= a.next.count, "join_experts: the next layer's experts have no home, or %d are chosen",
-             a.chosen);
-  }
   if (begin(Op::JoinExperts, 0)) do_join_experts(a);
 }
 

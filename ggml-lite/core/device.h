@@ -168,14 +168,15 @@ struct PlaceExpertsArgs {
   Experts experts;         // with a home: in/out
   Tensor ids, weights;     // out, those of D5
   ExpertBox box;           // in/out
+  // Optional: the host is told what the next layer, if it chooses as many, will likely ask for (core/experts.h)
+  Tensor h;                       // (T, D) as D4 took it
+  Tensor next_norm, next_router;  // (D), (E, D) of the next layer's D4
+  Experts next;                   // its experts, with a home
 };
-// After D6: h += what the host was asked for. Waits for it, on the device; before that it tells the host what the next layer will likely ask for.
+// After D6: h += what the host was asked for. Waits for it, on the device.
 struct JoinExpertsArgs {
   ExpertBox box;
   Tensor h;                // in/out (T, D)
-  Tensor next_norm, next_router;  // optional: (D), (E, D) of D4 of the next layer
-  Experts next;            // its experts, with a home
-  int chosen = 0;          // K
 };
 
 // The host's part: y[t] = sum over the pairs of token t, by rising expert, of weight * down(silu(gate x) * up x); ref and cpu only.

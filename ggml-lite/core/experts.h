@@ -12,10 +12,10 @@
 //
 // Which expert is where depends on the experts chosen so far alone, never on timing: the same tokens give the same places.
 //
-// What a layer will choose shows early: its router, given the residual stream as the layer before leaves it, without this layer's mixer, names
-// nine of ten experts right (Qwen3-Next's shape with random weights, and the test model). So while a device waits for the host's part of
-// one layer it tells which experts it will likely ask for in the next. Until it does the host brings these into its caches. That is advice:
-// it changes no place and no number, and may come late or not at all.
+// What a layer will choose shows early: its router, given what the router of the layer before is given, names four of five experts right
+// (Qwen3-Next's shape with random weights, and the test model; without that layer's experts and its own mixer, that is). So with what it asks
+// for a device tells what it will likely ask for in the next layer, and when the host has answered it brings these experts into its caches
+// until the next request is there. That is advice: it changes no place and no number, and may come late or not at all.
 //
 // Longer calls (prefill) read every expert: the device brings those without a slot into staging memory, a layer ahead of the computation.
 // Slots stay as they are.
@@ -66,7 +66,8 @@ struct ExpertBox {
   float *weight = nullptr, *x = nullptr, *out = nullptr;
   uint32_t* likely = nullptr;
   int32_t *likely_layer = nullptr, *likely_count = nullptr, *likely_expert = nullptr;
-  uint32_t* pending = nullptr;  // memory of the device (3): the request whose answer is awaited, 0: none; the last number given; that of advice
+  uint32_t* pending = nullptr;  // memory of the device (4): the request whose answer is awaited, 0: none; the last number given; that of advice; blocks that are
+                                // done with advice
 };
 inline int64_t expert_box_bytes(int64_t chosen, int64_t d) { return 192 + kPlacedTokens * (chosen * 16 + d * 8) + 256; }
 inline ExpertBox expert_box(void* memory, int64_t chosen, int64_t d, uint32_t* pending) {

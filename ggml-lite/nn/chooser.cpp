@@ -23,7 +23,7 @@ void Chooser::begin(const SampleParams& params, std::span<const int32_t> timelin
 
 SampleArgs Chooser::args(const Tensor& logits, const Tensor& ids, StepParams* step) const {
   SampleArgs a;
-  a.logits = logits, a.allowed = allowed_, a.ids = ids, a.step = step;
+  a.logits = logits, a.allowed = allowed_ ? allowed_.slice(0, logits.cols()) : Tensor(), a.ids = ids, a.step = step;
   a.history = view(history_.data(), DType::I32, context_ + 1);
   a.params = static_cast<const SampleParams*>(params_.data());
   return a;

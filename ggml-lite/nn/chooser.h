@@ -25,7 +25,7 @@ class Chooser {
   void begin(const SampleParams& params, std::span<const int32_t> timeline);
   // The operation: logits (T, V) -> ids (1), step, mail.
   void choose(const Tensor& logits, const Tensor& ids, StepParams* step);
-  // The same for a token that is only a guess: logits (1, V) of a layer that predicts one further than the model; tells nobody.
+  // The same for a token that is only a guess: logits (1, <= V) of a layer that predicts one further than the model; tells nobody.
   void guess(const Tensor& logits, const Tensor& ids, StepParams* step);
   // Guesses that the host made, from `position` on, are history for the rows behind them.
   void assume(int position, std::span<const int32_t> guesses);

@@ -12,6 +12,8 @@
 //   slots of the last pass that were right, and before    final norms of the model (late rows): run together, the last one guesses P + 1
 //   slot P, P + 1, ...                                     what the layer itself gave for the slot before, and its guess
 //
+// Where the vocabulary is large guesses are looked for among the common tokens only, while the text has hardly any others.
+//
 // The next time the cache rows of the latter are overwritten by true ones. When nothing is guessed late rows wait until there are enough of
 // them, so that plain steps are as fast as without the layer.
 //
@@ -95,6 +97,7 @@ class Decoder {
   void guess();
   void guess_with_layer(int k);
   void run_late(int rows, bool guess);
+  bool common_only() const;
   void layer_rows(const Tensor& hidden, const Tensor& ids, int guess_at);
   void recorded(uint64_t key, const std::function<void()>& body) { plain_ ? body() : d_.recorded(this, key, body); }
   int32_t host_guess(int index);
@@ -132,6 +135,8 @@ class Decoder {
   StepParams* step_ = nullptr;      // of the layer; behind it
   Tensor late_ids_;                 // (R) the tokens its rows join
   int late_slot_ = 0, late_rows_ = 0;
+  double rare_ = 0;                 // of the tokens taken lately: how many the common ones lack
+  bool common_ = false;             // of the guesses under way: among the common tokens only
   std::vector<float> host_;
 };
 

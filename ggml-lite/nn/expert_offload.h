@@ -3,9 +3,10 @@
 //
 //   device (a recording)        box (pinned memory)          helper's thread
 //   place --- request n, x -->                        -----> polls; experts of the pairs on the CPU device
+//         --- likely experts ->
 //   fetch, gate_up, down
-//   join  --- likely experts -->                      -----> reads those of the next layer into its caches, when it has answered, until that asks
-//         <--                   out, done n           <-----
+//   join  <--                   out, done n           <-----
+//                                                            reads the likely experts of the next layer into its caches, until that asks
 #pragma once
 #include <memory>
 #include <utility>

@@ -17,6 +17,7 @@ void sparse_moe(Device& device, const MoeWeights& w, const MoeScratch& s, const 
     PlaceExpertsArgs p;
     p.x = r.x, p.logits = r.logits, p.renormalise = w.renormalise, p.experts = w.experts;
     p.ids = s.ids.slice(0, t), p.weights = s.weights.slice(0, t), p.box = s.box;
+    if (next && next->experts.home) p.h = h, p.next_norm = next->norm, p.next_router = next->router, p.next = next->experts;
     device.place_experts(p);
   }
 
@@ -33,7 +34,6 @@ void sparse_moe(Device& device, const MoeWeights& w, const MoeScratch& s, const 
   if (!placed) return;
   JoinExpertsArgs join;
   join.box = s.box, join.h = h;
-  if (next && next->experts.home) join.next_norm = next->norm, join.next_router = next->router, join.next = next->experts, join.chosen = next->chosen;
   device.join_experts(join);
 }
 
