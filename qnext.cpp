@@ -74,7 +74,7 @@ std::span<const OptionRow> options_table() {
       {"--vram", "SIZE", "memory of the GPU to use, e.g. 24G (GiB), of several 24G,16G; experts that do not fit stay in memory of the host",
        [](Options& o, const std::string& v) { o.vram = qn::parse_sizes(v, "--vram"); }},
       {"--slots", "N", "experts of every layer on the GPU (default: what fits)", [](Options& o, const std::string& v) { o.slots = parse_count(v, "--slots", 1, qn::kMaxExperts); }},
-      {"--fetch", "PERCENT", "of a token's experts that are not on the GPU: how many it fetches; the CPU computes the others (default 25)",
+      {"--fetch", "PERCENT", "of a token's experts that are not on the GPU: how many it fetches; the CPU computes the others (default 20)",
        [](Options& o, const std::string& v) { o.fetch = parse_count(v, "--fetch", 0, 100); }},
       {"--draft", "N", "guess N tokens ahead and check them in one pass: 0 to 7, or auto: as many as pay (default)", [](Options& o, const std::string& v) { o.draft = qn::parse_draft(v); }},
       {"--no-draft", "", "guess nothing", [](Options& o, const std::string&) { o.draft = 0; }},
@@ -634,11 +634,12 @@ struct Session::Stage : qn::PipelineStage {
 
   qn::Rope rope() const { return {view(part.inv_freq.data(), DType::F32, m.info.rotary_dim / 2), m.rope_scale}; }
 
-  // One decoder layer on x (T, D); `index` is its place in the model. keep: the states between the tokens, too.
-  void run_layer(const Layer& l, int index, const Tensor& x, const StepParams* at, bool keep = false) {
+  // A decoder layer on (T, D), `index` in the model. keep: the states between tokens, too. wanted: rows at the end that need more than a place in the state.
+  void run_layer(const Layer& l, int index, const Tensor& all, const StepParams* at, bool keep = false, int64_t wanted = INT64_MAX) {
     const int i = index - part.begin;
-    if (l.attention) qn::gated_attention(device, l.attn, scratch.attn, x, state.cache(i), rope(), at, m.eps, e.act);
-    else qn::gated_delta_net(device, l.delta, scratch.delta, x, state.conv_ring(i), state.delta(i), keep ? state.states(i) : Tensor(), at, m.eps, e.act);
+    if (l.attention) qn::gated_attention(device, l.attn, scratch.attn, all, state.cache(i), rope(), at, m.eps, e.act);
+    else qn::gated_delta_net(device, l.delta, scratch.delta, all, state.conv_ring(i), state.delta(i), keep ? state.states(i) : Tensor(), at, m.eps, e.act);
+    const Tensor x = wanted < all.rows() ? all.slice(all.rows() - wanted, wanted) : all;
     qn::sparse_moe(device, l.moe, scratch.moe, x, m.eps, e.act, part.offload && x.rows() <= qn::kPlacedTokens ? e.placed_act : e.act,
                    index + 1 < part.end ? &m.layers[static_cast<size_t>(index) + 1].moe : nullptr);
     trace(index, "experts", scratch.moe.ids.slice(0, x.rows()));
@@ -697,7 +698,7 @@ struct Session::Stage : qn::PipelineStage {
     device.copy(hidden.data, last_hidden(), static_cast<size_t>(m.info.width) * sizeof(float));
     const Tensor x = h.slice(0, slots);  // the main stream is done with h
     qn::multi_token_entry(device, m.mtp, ids.slice(first, slots), hidden.slice(first, slots), embedded.slice(0, slots), x, m.eps, e.act);
-    run_layer(m.mtp_layer, m.info.layers, x, &step[1]);
+    run_layer(m.mtp_layer, m.info.layers, x, &step[1], false, e.hook ? slots : 0);
     if (!e.hook) return;
     const Tensor out = normed.slice(0, slots);
     head(x, m.mtp.norm, {}, out);
@@ -709,7 +710,7 @@ struct Session::Stage : qn::PipelineStage {
     const int rows = std::min({static_cast<int>(h.rows()), kRecorded, state.shape().states + 1});
     d.chooser = chooser ? &chooser : nullptr, d.hidden = hidden.slice(1, rows), d.logits = logit_rows, d.embedded = embedded, d.x = h;
     d.mtp = m.mtp, d.eps = m.eps, d.act = e.act;
-    if (e.mtp) d.layer = [this](const Tensor& x, const StepParams* at) { run_layer(m.mtp_layer, m.info.layers, x, at); };
+    if (e.mtp) d.layer = [this](const Tensor& x, const StepParams* at, int wanted) { run_layer(m.mtp_layer, m.info.layers, x, at, false, wanted); };
   }
 };
 

@@ -51,7 +51,7 @@ struct Options {
   uint64_t ram = 0;                 // bytes this process may use; 0: what the system allows
   std::vector<uint64_t> vram;       // bytes of each GPU this process may use, the last number also of further ones; empty: what is free
   int slots = 0;                    // experts of every layer on the GPU, where not all fit; 0: as many as there is room for
-  int fetch = 25;                   // experts that are not on the GPU: percent of those a token needs that it fetches; the CPU computes the others
+  int fetch = 20;                   // experts that are not on the GPU: percent of those a token needs that it fetches; the CPU computes the others
   Verify verify = Verify::Auto;
   std::optional<bool> mapped;       // what the CPU reads stays pages of the file; default: without a GPU where memory has no room for it, with one always
   bool graph = true;                // GPU: decode is one recording, replayed

@@ -319,23 +319,28 @@ void moe_cases(std::vector<Case>& out, Format f, Format shared, Act act, int64_t
                    a.ids = b.out("ids", t, k, 0, {}, DType::I32), a.weights = b.out("weights", t, k), a.inner = b.out("inner", t * k, width);
                    d.moe_gate_up(a);
                  }});
-  for (bool again : {false, true})  // with the logits by which a device may choose again
-    out.push_back({label(again ? "moe_down, logits" : "moe_down", f, act, dims), act, [=](Device& d, Bench& b) {
+  for (bool both : {false, true})  // the operation before gives logits, and may have prepared something
+    out.push_back({label(both ? "moe_gate_up, moe_down" : "moe_down", f, act, dims), act, [=](Device& d, Bench& b) {
                    MoeDownArgs a;
-                   std::vector<int32_t> ids;
-                   Floats logits(static_cast<size_t>(t * e), -1.f);
-                   for (int64_t i = 0; i < t; i++)
-                     for (int j = 0; j < k; j++) {
-                       ids.push_back(static_cast<int32_t>(again ? (i * 3 + j) % e : (i * 3 + j * 5 + i * j) % e));
-                       logits[static_cast<size_t>(i * e + ids.back())] = static_cast<float>(k - j);
-                     }
-                   if (again) a.logits = b.in(logits, t, e);
-                   Tensor flat = b.in(ids);
-                   a.ids = view(flat.data, DType::I32, t, k);
-                   Floats w(static_cast<size_t>(t * k));
-                   for (float& v : w) v = b.uniform(0.05f, 0.5f);
-                   a.weights = b.in(w, t, k), a.inner = b.in(activations(b, t * k, width), t * k, width), a.act = act;
-                   a.experts = b.experts(f.type, e, dim, width, f.group);
+                   a.act = act, a.experts = b.experts(f.type, e, dim, width, f.group);
+                   if (both) {
+                     MoeGateUpArgs up;
+                     Floats l = b.normals(t * e, 2);
+                     for (int64_t i = 0; i < t; i++) l[static_cast<size_t>(i * e + i * 3 % e)] = 7.f;
+                     up.x = b.in(activations(b, t, dim), t, dim), up.logits = a.logits = b.in(l, t, e), up.act = act, up.experts = a.experts;
+                     up.ids = a.ids = b.out("ids", t, k, 0, {}, DType::I32), up.weights = a.weights = b.out("weights", t, k);
+                     up.inner = a.inner = b.out("inner", t * k, width);
+                     d.moe_gate_up(up);
+                   } else {
+                     std::vector<int32_t> ids;
+                     for (int64_t i = 0; i < t; i++)
+                       for (int j = 0; j < k; j++) ids.push_back(static_cast<int32_t>((i * 3 + j * 5 + i * j) % e));
+                     Tensor flat = b.in(ids);
+                     a.ids = view(flat.data, DType::I32, t, k);
+                     Floats w(static_cast<size_t>(t * k));
+                     for (float& v : w) v = b.uniform(0.05f, 0.5f);
+                     a.weights = b.in(w, t, k), a.inner = b.in(activations(b, t * k, width), t * k, width);
+                   }
                    a.shared = b.in(activations(b, t, fs), t, fs), a.shared_act = act;
                    Floats s(static_cast<size_t>(t));
                    for (float& v : s) v = b.uniform(0.1f, 0.9f);
@@ -480,7 +485,7 @@ void check_mutants(const Case& c, const Output& o) {
 static void agree_with_ref(const std::vector<std::unique_ptr<Device>>& devices, bool mutants) {
   const auto ref = make_ref_device();
   OpLimits l;
-  l.tokens = 192, l.width = 16384, l.experts = 512, l.chosen = 10, l.expert_width = 256, l.model_width = 2048;
+  l.tokens = 192, l.width = 16384, l.experts = 512, l.chosen = 10, l.expert_width = 512, l.model_width = 2048;
   l.heads = 64, l.context = 512, l.kv_codes = 12 * 256, l.value_heads = 4, l.key_heads = 2, l.key_dim = 128, l.value_dim = 128;
   for (const auto& d : devices) d->reserve(l);
 

@@ -1,6 +1,7 @@
 #include "ggml-lite/core/forecast.h"
 
 #include <algorithm>
+#include <cmath>
 #include <vector>
 
 #include "ggml-lite/base/check.h"  // format
@@ -8,6 +9,7 @@
 namespace qn {
 
 constexpr double kGpuReads = 0.87, kOperation = 2.3e-6, kCpuReads = 0.7, kHostReads = 0.65, kRequest = 17e-6;
+constexpr double kAhead = 0.35, kAheadTime = 0.8;
 constexpr double kMostRead = 3.05e12, kPageable = 8e9;
 constexpr double kBytesPerToken = 90e6, kTokensPerThread = 22;
 
@@ -23,11 +25,12 @@ Forecast forecast(std::span<const ForecastPart> parts, int ubatch, const HostPla
   for (const ForecastPart& p : parts) {
     const double chosen = p.chosen, record = static_cast<double>(p.record_bytes), n = p.layers;
     const double missed = p.slots ? chosen * (1 - static_cast<double>(p.slots) / p.experts) : 0;
-    const double fetched = missed > 0 && p.fetch_percent > 0 && with.pinned ? std::min(missed, std::max(1.0, missed * p.fetch_percent / 100)) : 0;
+    const double fetched = missed > 0 && p.fetch_percent > 0 && with.pinned ? std::max(1 - std::exp(-missed), missed * p.fetch_percent / 100) : 0;  // one if any
     const double here = static_cast<double>(p.rest_bytes) + n * (chosen - missed) * record;
     const double disk = s.disk > 0 ? with.from_disk / s.disk : 0;  // seconds a byte
     const double device = p.gpu ? here / (kGpuReads * gpu) + p.operations * kOperation : here / (kCpuReads * s.host) + n * chosen * record * disk;
-    const double bus = n * fetched * record / s.bus, host = n * ((missed - fetched) * record * (1 / (kHostReads * s.host) + disk) + (missed > 0 ? kRequest : 0));
+    const double reads = n * (missed - fetched) * record / (kHostReads * s.host), ahead = std::min(kAhead * reads, kAheadTime * device);
+    const double bus = n * fetched * record / s.bus, host = reads - ahead + n * ((missed - fetched) * record * disk + (missed > 0 ? kRequest : 0));
     const double missing = n * missed * record / s.host, others = n * (chosen - missed) * record / (p.gpu ? s.gpu : s.host);
     bound += std::max(missing, others) + static_cast<double>(p.rest_bytes) / (p.gpu ? s.gpu : s.host);
     f.seconds[0] += device;

@@ -3,6 +3,7 @@
 //   decode   a GPU reads at 0.87 of what a plain read does, of which more than 3.05 TB/s do not help (an H200 is no faster than an H100), and an
 //            operation takes 2.3 us besides; a CPU reads at 0.7 of that
 //            experts that are not on the GPU, in every layer: the host reads at 0.65 of that and the bus at its own pace, at the same time;
+//            0.35 of what the host reads it reads ahead, in at most 0.8 of the time in which the device computes;
 //            17 us for the request and its answer; those that memory does not hold come from the disk first, as they do to a CPU alone
 //   prefill  a GPU computes as many tokens a second as it reads 90 MB of; all records without a slot come over the bus once a pass, while
 //            the layers before compute, at 8 GB/s from memory that is not pinned; a CPU does 22 tokens a second and thread

@@ -176,7 +176,7 @@ void Decoder::layer_rows(const Tensor& hidden, const Tensor& ids, int guess_at) 
   const int64_t n = hidden.rows();
   const Tensor x = m_.x.slice(0, n);
   multi_token_entry(d_, m_.mtp, ids, hidden, m_.embedded.slice(0, n), x, m_.eps, m_.act);
-  m_.layer(x, step_);
+  m_.layer(x, step_, guess_at ? 1 : 0);
   if (!guess_at) return;
   NormMatmulArgs h;
   h.w = common_ ? m_.mtp.head.slice(0, kCommonIds) : m_.mtp.head;

@@ -43,7 +43,8 @@ struct DecoderModel {
   Chooser* chooser = nullptr;                         // one that can, or null: the host chooses
   std::function<void(size_t stage, int n)> pass;      // a stage's part of a pass over n tokens, keeping the states between them if n > 1; the
                                                       // last stage leaves final norms in `hidden`, logits in `logits`
-  std::function<void(const Tensor& x, const StepParams*)> layer;  // the decoder layer of multi-token prediction; empty: there is none
+  // The decoder layer of multi-token prediction; the results of the last `wanted` rows are. Empty: there is none
+  std::function<void(const Tensor& x, const StepParams*, int wanted)> layer;
   uint64_t key = 0;                                   // of recordings of passes: key + n
   Tensor hidden;                                      // (R, D); R: most tokens of a pass
   Tensor logits;                                      // (> R, V): of the pass, then of a guess

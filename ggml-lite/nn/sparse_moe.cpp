@@ -5,6 +5,7 @@ namespace qn {
 void sparse_moe(Device& device, const MoeWeights& w, const MoeScratch& s, const Tensor& h, float eps, Act act, Act expert_act,
                 const MoeWeights* next) {
   const int64_t t = h.rows();
+  if (t == 0) return;
 
   MoeRouterArgs r;
   r.h = h, r.norm = w.norm, r.eps = eps, r.router = w.router, r.shared_gate = w.shared_gate;
