@@ -82,13 +82,18 @@ __global__ void __launch_bounds__(kThreads, 1) delta_net_few_k(const Delta a) {
   auto row_of = [&](float* s, int i) { return reinterpret_cast<float4*>(s + my_s + static_cast<int64_t>(16 * i + low) * a.dv); };
   auto s_row = [&](int i) { return row_of(a.state, i); };
 
+  const bool gates_o = Rows > 0 && a.gated.o;  // then DV is kDim
+  const float* const z_at = gates_o ? a.z + head * a.dv + column + my_column : a.qkv;
+  const float* const norm_at = gates_o ? a.out_norm + column + my_column : a.neg_a;
+  float z[Tokens], norm = 0;
   float4 w[3] = {};
   if constexpr (Rows > 0) {
+
     static_assert(16 * Rows == kThreads, "a thread convolves one q and one k");
     w[0] = taps(a, q0 + tid), w[1] = taps(a, k0 + tid), w[2] = taps(a, v0 + my_column);
     // Where the last pass was right in part, S begins inside of it. That place may be yet to be written here; then the wrong one is prefetched.
-    const int from = a.states ? load_past_l1(&a.step->from) : 0;
-    const float* const soon = from > 0 && from <= a.kept ? a.states + (from - 1) * all_s : a.state;
+    const int likely = a.states ? load_past_l1(&a.step->from) : 0;
+    const float* const soon = likely > 0 && likely <= a.kept ? a.states + (likely - 1) * all_s : a.state;
 #pragma unroll
     for (int i = 0; i < kColumns; i += 8) prefetch_l2(soon + (static_cast<int64_t>(head) * dk + tid) * a.dv + column + i);
     if (a.slots == 4) {  // warp: slot
@@ -99,11 +104,12 @@ __global__ void __launch_bounds__(kThreads, 1) delta_net_few_k(const Delta a) {
   const float neg_a = a.neg_a[head], dt_bias = a.dt_bias[head];
   let_next_start();  // S is on its way; what the next one reads has the time that this one computes
   if (tid < 4) prefetch_l2(tid == 0 ? a.qkv : tid == 1 ? a.ba : tid == 2 ? a.o : reinterpret_cast<const float*>(a.step));
+  if (tid == 4) prefetch_l2(norm_at);
   wait_for_previous();
 
-  const int pos = a.step->pos;
+  const int pos = a.step->pos, from = a.step->from;  // both at once, no branch between
   // What S begins with. A block reads its columns there before it writes any, and no other block touches them.
-  float* const begin = a.states && a.step->from > 0 ? a.states + (a.step->from - 1) * all_s : a.state;
+  float* const begin = a.states && from > 0 ? a.states + (from - 1) * all_s : a.state;
   float4 s[Rows > 0 ? Rows : 1];
   for (int first = 0; first < (Rows > 0 ? 1 : a.tokens); first += Tokens) {
     const int my_token = first + kThreads - 1 - tid;  // the last threads have a token's gates
@@ -118,6 +124,11 @@ __global__ void __launch_bounds__(kThreads, 1) delta_net_few_k(const Delta a) {
       if constexpr (Rows == 0) w[0] = taps(a, channel[0]), w[1] = taps(a, channel[1]), w[2] = taps(a, channel[2]);
       Inputs<3, Tokens> in;
       in.load(a, channel, pos, first);
+      if constexpr (Rows > 0) {  // no branch around these: loads behind it would have to wait
+#pragma unroll
+        for (int i = 0; i < Tokens; i++) z[i] = z_at[min(i, a.tokens - 1) * a.z_stride];
+        norm = *norm_at;
+      }
       if constexpr (Rows > 0) {  // loads are served in the order of asking, and these come from DRAM
 #pragma unroll
         for (int i = 0; i < Rows; i++) s[i] = *row_of(begin, i);
@@ -170,7 +181,18 @@ __global__ void __launch_bounds__(kThreads, 1) delta_net_few_k(const Delta a) {
       const float mine = alpha * sum_of_8_over_16_lanes(pr, lane);
       float u = beta * fmaf(-k_scale, mine, v[t * kThreads + tid]);
       u = __shfl_sync(0xffffffffu, u, lane & ~8);
-      if ((lane & 9) == 8) o[static_cast<int64_t>(first + t) * a.gv * a.dv] = fmaf(q_scale, mine, dot * u);
+      const float out = fmaf(q_scale, mine, dot * u);  // in lanes with (lane & 9) == 8
+      if ((lane & 9) == 8) o[static_cast<int64_t>(first + t) * a.gv * a.dv] = out;
+      if (gates_o) {
+        if ((lane & 9) == 8) a.gated.o[static_cast<int64_t>(t) * a.gv * a.dv + head * a.dv + column + my_column] = out * (norm * silu(z[0]));
+#pragma unroll
+        for (int i = 1; i < Tokens; i++) z[i - 1] = z[i];
+        float square = out * out;
+        square += __shfl_xor_sync(0xffffffffu, square, 2);  // over the lanes with the same (lane & 9)
+        square += __shfl_xor_sync(0xffffffffu, square, 4);
+        square += __shfl_xor_sync(0xffffffffu, square, 16);
+        if (lane == 8) a.gated.squares[(static_cast<int64_t>(t) * a.gv + head) * Gated::kParts + blockIdx.x * kWarps + warp] = square;
+      }
       const float ku = k_scale * u;
       const float u0 = __shfl_sync(0xffffffffu, ku, lane & 16), u1 = __shfl_sync(0xffffffffu, ku, (lane & 16) + 2);
       const float u2 = __shfl_sync(0xffffffffu, ku, (lane & 16) + 4), u3 = __shfl_sync(0xffffffffu, ku, (lane & 16) + 6);
@@ -181,14 +203,14 @@ __global__ void __launch_bounds__(kThreads, 1) delta_net_few_k(const Delta a) {
         const float4 next = make_float4(fmaf(k, u0, alpha * m.x), fmaf(k, u1, alpha * m.y), fmaf(k, u2, alpha * m.z), fmaf(k, u3, alpha * m.w));
         if constexpr (Rows > 0) s[i] = next;
         else *s_row(i) = next;
-        if (Tokens > 1 && a.states && first + t + 1 < a.tokens) *row_of(a.states + (first + t) * all_s, i) = next;
+        if (Tokens > 1 && a.states && first + t + 1 < a.tokens) __stwb(row_of(a.states + (first + t) * all_s, i), next);
       }
     }
     if constexpr (Rows == 0) __syncthreads();  // before the next tokens' q and k
   }
   if constexpr (Rows > 0) {
 #pragma unroll
-    for (int i = 0; i < Rows; i++) *s_row(i) = s[i];
+    for (int i = 0; i < Rows; i++) __stwb(s_row(i), s[i]);  // as an assignment the compiler may cut it into four (4 us a layer)
   }
 }
 
@@ -464,6 +486,15 @@ __global__ void delta_net_ring_k(const Delta a) {
 
 // ---- launchers ----------------------------------------------------------------------------------------------------------
 
+Gated take_gated(const Context& c, int64_t tokens, int64_t value_heads, int64_t key_dim, int64_t value_dim) {
+  Gated g;
+  static_assert(kDim / kColumns * kWarps == Gated::kParts);
+  if (key_dim != kDim || value_dim != kDim) return g;
+  Scratch s(c);
+  g.o = s.take<float>(tokens * value_heads * kDim), g.squares = s.take<float>(tokens * value_heads * Gated::kParts);
+  return g;
+}
+
 void delta_net(const Context& c, const DeltaNetArgs& args) {
   Delta a;
   a.qkv = args.qkv.f32(), a.qkv_stride = args.qkv.row_stride, a.ba = args.ba.f32();
@@ -476,6 +507,9 @@ void delta_net(const Context& c, const DeltaNetArgs& args) {
   a.dk = static_cast<int>(args.state.shape[1]), a.dv = static_cast<int>(args.state.shape[2]);
   for (const void* p : {a.conv, static_cast<const void*>(a.state), static_cast<const void*>(a.states), static_cast<const void*>(a.o)})
     QN_CHECK(reinterpret_cast<uintptr_t>(p) % 16 == 0, "delta_net: conv, state, states and o must be aligned to 16 bytes, got %p", p);
+
+  a.z = args.z.f32(), a.z_stride = args.z.row_stride, a.out_norm = args.out_norm.f32();
+  if (args.z && a.tokens <= kFewTokens) a.gated = take_gated(c, a.tokens, a.gv, a.dk, a.dv);
 
   const auto columns = static_cast<unsigned>(a.dv / kColumns), heads = static_cast<unsigned>(a.gv), keys = static_cast<unsigned>(a.gk);
   const bool fast = a.dk == kDim, many = fast && a.tokens > kFewTokens;
@@ -510,7 +544,9 @@ void delta_net(const Context& c, const DeltaNetArgs& args) {
 size_t delta_net_scratch(const OpLimits& l) {
   Scratch s;
   if (l.key_dim == kDim && l.tokens > kFewTokens) take_prepared(s, l.tokens, l.key_heads, l.value_heads, l.value_dim);
-  return std::max(s.used(), delta_net_chunks_scratch(l));
+  Scratch gated;
+  gated.take<float>(kFewTokens * l.value_heads * l.value_dim), gated.take<float>(kFewTokens * l.value_heads * Gated::kParts);
+  return std::max({s.used(), gated.used(), delta_net_chunks_scratch(l)});
 }
 
 }  // namespace qn::cuda

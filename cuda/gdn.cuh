@@ -16,6 +16,9 @@ struct Delta {
   float* state;  // (GV, DK, DV)
   float* states; // (slots, GV, DK, DV) or null: see DeltaNetArgs
   float* o;      // (T, GV*DV)
+  const float *z, *out_norm;  // (T, GV*DV) rows z_stride apart, (DV); null: the output is not gated here
+  int64_t z_stride;
+  Gated gated;
   const StepParams* step;
   int tokens, slots, kept, gk, gv, dk, dv;  // kept: slots of `states`
   bool conv_bf16, ring_inside;  // ring_inside: the kernel for few tokens stores the new inputs

@@ -113,6 +113,14 @@ size_t moe_prefill_scratch(const OpLimits&);
 
 // ---- gdn.cu, gdn_chunk.cu
 void delta_net(const Context&, const DeltaNetArgs&);
+// What delta_net leaves of few tokens for gated_norm_matmul, when that is the next operation and its z is known: every block of a product would
+// read both o and z, and gate. It lies where scratch memory begins; null where the shapes are others.
+struct Gated {
+  static constexpr int kParts = 16;  // of a head
+  float* o = nullptr;        // (T, GV*DV): o * norm * silu(z), without 1 / rms(o)
+  float* squares = nullptr;  // (T, GV, kParts): sums of o^2
+};
+Gated take_gated(const Context&, int64_t tokens, int64_t value_heads, int64_t key_dim, int64_t value_dim);
 size_t delta_net_scratch(const OpLimits&);
 
 // ---- attn.cu, attn_prefill.cu, attn_wgmma.cu

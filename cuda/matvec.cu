@@ -553,6 +553,10 @@ bool matvec_fast(const Context& c, const char* what, const Product& p) {
   return true;
 }
 
+bool takes_fast(const Product& p) {
+  return p.w && p.w.dtype != DType::F32 && p.act != Act::F32 && p.in.k % 8 == 0 && (is_t16(p.w.dtype) || p.w.row_stride % 8 == 0);
+}
+
 void multiply(const Context& c, const char* what, const Product& p) {
   const Input& in = p.in;
   QN_CHECK(in.tokens > 0 && in.tokens <= kFewTokens, "%s: %d tokens of at most %d", what, in.tokens, kFewTokens);
@@ -561,8 +565,7 @@ void multiply(const Context& c, const char* what, const Product& p) {
            "%s: rows must begin at 16 bytes: they are %lld and %lld values apart, norms %d wide", what, static_cast<long long>(in.lda),
            static_cast<long long>(in.ldb), in.span);
   for (const ExactRows& e : p.exact) QN_CHECK(aligned(e.w.data) && e.w.row_stride % 8 == 0, "%s: exact rows must begin at 16 bytes", what);
-  const bool fast = p.w && p.w.dtype != DType::F32 && p.act != Act::F32 && in.k % 8 == 0 && (is_t16(p.w.dtype) || p.w.row_stride % 8 == 0);
-  if (!fast || !matvec_fast(c, what, p)) matvec_exact(c, what, p);
+  if (!takes_fast(p) || !matvec_fast(c, what, p)) matvec_exact(c, what, p);
 }
 
 Input input(Mix mix, const Tensor& a, const Tensor& b, const Tensor& w, const Tensor& w2, float eps) {
@@ -590,6 +593,14 @@ void matvec_gated_norm(const Context& c, const GatedNormMatmulArgs& a) {
   Product p;
   p.in = input(Mix::GatedNorm, a.o, a.z, a.norm, {}, a.eps);
   p.act = a.act, p.w = a.w, p.store = Store::Add, p.y = a.h.f32(), p.ldy = a.h.row_stride;
+  const int64_t heads = a.o.cols() / a.norm.rows();
+  if (const Gated ready = take_gated(c, a.o.rows(), heads, a.key_dim, a.norm.rows()); ready.o && a.act == Act::BF16) {
+    Product q = p;
+    q.in = {};
+    q.in.mix = Mix::Gated, q.in.tokens = p.in.tokens, q.in.k = p.in.k, q.in.eps = a.eps;
+    q.in.a = ready.o, q.in.lda = p.in.k, q.in.b = ready.squares, q.in.ldb = heads * Gated::kParts;
+    if (quick_shape(q.in) && takes_fast(q) && matvec_fast(c, "gated_norm_matmul", q)) return;
+  }
   multiply(c, "gated_norm_matmul", p);
 }
 

@@ -12,6 +12,7 @@ enum class Mix {
   GatedNorm,  // norm(a per head) * w * silu(b)
   Gate,       // a * sigmoid(b)
   Concat,     // norm(a) * w | norm(b) * w2
+  Gated,      // a / rms of heads of 128, whose squares b has in parts (kernels.h)
 };
 
 struct Input {
@@ -172,20 +173,19 @@ __device__ __forceinline__ void for_each_quad(const Input& in, float* squares, f
   } while (t < in.tokens);
 }
 
-// The usual shapes, by 256 threads: K a multiple of 128 up to 4096, norms over all of K or over heads of 128. Thread i holds values
+// The usual shapes, by 256 threads: K a multiple of 128 up to 4096, a norm over all of K or one of heads that delta_net has prepared. Thread i holds values
 // 1024 c + 4 i .. + 3, so that a warp has whole groups of 128, and everything is asked for at once. Straight code: a kernel that is over
 // in microseconds also waits for its instructions.
 inline bool quick_shape(const Input& in) {
-  return in.k % 128 == 0 && in.k <= 4096 && (in.mix == Mix::Plain || in.mix == Mix::Gate || (in.mix == Mix::Norm && in.span == in.k) ||
-                                             (in.mix == Mix::GatedNorm && in.span == 128));
+  return in.k % 128 == 0 && in.k <= 4096 &&
+         (in.mix == Mix::Plain || in.mix == Mix::Gate || in.mix == Mix::Gated || (in.mix == Mix::Norm && in.span == in.k));
 }
 
 // Norm weights of the thread's values; they may be loaded before wait_for_previous().
 __device__ __forceinline__ void load_norms(const Input& in, float4 (&norm)[4]) {
-  const int tid = static_cast<int>(threadIdx.x), lane = tid % 32, warp = tid / 32;
-  const float4 head = in.mix == Mix::GatedNorm ? load4(in.w + 4 * lane) : float4{1, 1, 1, 1};
+  const int tid = static_cast<int>(threadIdx.x), warp = tid / 32;
 #pragma unroll
-  for (int c = 0; c < 4; c++) norm[c] = in.mix == Mix::Norm && 1024 * c + 128 * warp < in.k ? load4(in.w + 1024 * c + 4 * tid) : head;
+  for (int c = 0; c < 4; c++) norm[c] = in.mix == Mix::Norm && 1024 * c + 128 * warp < in.k ? load4(in.w + 1024 * c + 4 * tid) : float4{1, 1, 1, 1};
 }
 
 // One way to round for all that follow
@@ -238,45 +238,74 @@ __device__ __forceinline__ void narrow_quads(const Input& in, const float4 (&nor
   }
 }
 
+// Of Mix::Gated, two tokens at a time
+template <bool One, class Sink>
+__device__ __forceinline__ void gated_quads(const Input& in, Sink sink) {
+  const int tid = static_cast<int>(threadIdx.x), lane = tid % 32, warp = tid / 32, tokens = One ? 1 : in.tokens;
+  constexpr int kAtOnce = One ? 1 : 2;
+#pragma unroll 1
+  for (int first = 0; first < tokens; first += kAtOnce) {
+    float4 v[kAtOnce][4];
+    float r[kAtOnce][4];
+#pragma unroll
+    for (int i = 0; i < kAtOnce; i++)
+#pragma unroll
+      for (int c = 0; c < 4; c++) {
+        const bool there = first + i < tokens && 1024 * c + 128 * warp < in.k;
+        r[i][c] = there ? in.b[(first + i) * in.ldb + (8 * c + warp) * Gated::kParts + lane % Gated::kParts] : 0.f;
+        v[i][c] = there ? load4(in.a + (first + i) * in.lda + 1024 * c + 4 * tid) : float4{};
+      }
+#pragma unroll
+    for (int i = 0; i < kAtOnce; i++)
+#pragma unroll
+      for (int c = 0; c < 4; c++) {
+#pragma unroll
+        for (int l = 1; l < Gated::kParts; l *= 2) r[i][c] += __shfl_xor_sync(0xffffffffu, r[i][c], l);
+        r[i][c] = rsqrtf(r[i][c] * (1.f / 128) + in.eps);
+      }
+#pragma unroll 1  // the code would be large
+    for (int i = 0; i < kAtOnce && first + i < tokens; i++) {
+#pragma unroll
+      for (int c = 0; c < 4; c++) {
+        if (1024 * c + 128 * warp < in.k) sink(first + i, 1024 * c + 4 * tid, float4{v[0][c].x * r[0][c], v[0][c].y * r[0][c], v[0][c].z * r[0][c], v[0][c].w * r[0][c]});
+#pragma unroll
+        for (int j = 1; j < kAtOnce; j++) v[j - 1][c] = v[j][c], r[j - 1][c] = r[j][c];
+      }
+    }
+  }
+}
+
 // As for_each_quad. One: of one token, which then is no loop.
 template <bool One, class Sink>
 __device__ __forceinline__ void quick_quads(const Input& in, const float4 (&norm)[4], float* squares, Sink sink) {
   const int tid = static_cast<int>(threadIdx.x), lane = tid % 32, warp = tid / 32, tokens = One ? 1 : in.tokens;
-  const bool gates = in.mix == Mix::GatedNorm || in.mix == Mix::Gate;
+  const bool gates = in.mix == Mix::Gate;
+  if (in.mix == Mix::Gated) return gated_quads<One>(in, sink);
   if (!One && in.k <= kNarrow && !gates) return narrow_quads(in, norm, squares, sink);
 #pragma unroll 1
   for (int t = 0; t < tokens; t++) {
     const float *a = in.a + t * in.lda + 4 * tid, *b = in.b + t * in.ldb + 4 * tid;
     float4 v[4], s[4];
-    float r[4] = {1, 1, 1, 1};
+    float r = 1;
 #pragma unroll
     for (int c = 0; c < 4; c++) {
       const bool in_k = 1024 * c + 128 * warp < in.k;
       v[c] = in_k ? load4(a + 1024 * c) : float4{};
       s[c] = in_k && gates ? load4(b + 1024 * c) : float4{};
     }
-    if (in.mix == Mix::GatedNorm) {
-#pragma unroll
-      for (int c = 0; c < 4; c++) r[c] = rsqrtf(warp_sum(square(v[c])) * (1.f / 128) + in.eps);
-    } else if (in.mix == Mix::Norm) {
+    if (in.mix == Mix::Norm) {
       const float q = warp_sum(square(v[0]) + square(v[1]) + square(v[2]) + square(v[3]));
       float* mine = squares + t % 2 * 8;  // the other half may still be read
       if (lane == 0) mine[warp] = q;
       sync_matvec();
-      r[0] = r[1] = r[2] = r[3] = inverse_of(in, mine);
+      r = inverse_of(in, mine);
     }
 #pragma unroll
     for (int c = 0; c < 4; c++) {
       if (1024 * c + 128 * warp >= in.k) break;
       float4 x = v[c];
-      if (gates) {
-        const float y = in.mix == Mix::GatedNorm ? r[c] : 1.f;
-        const float4 z = in.mix == Mix::GatedNorm ? s[c] : float4{1, 1, 1, 1};
-        x.x *= y * norm[c].x * (z.x * sigmoid(s[c].x)), x.y *= y * norm[c].y * (z.y * sigmoid(s[c].y));
-        x.z *= y * norm[c].z * (z.z * sigmoid(s[c].z)), x.w *= y * norm[c].w * (z.w * sigmoid(s[c].w));
-      } else if (in.mix == Mix::Norm) {
-        x = scaled(x, r[c], norm[c]);
-      }
+      if (gates) x.x *= sigmoid(s[c].x), x.y *= sigmoid(s[c].y), x.z *= sigmoid(s[c].z), x.w *= sigmoid(s[c].w);
+      else if (in.mix == Mix::Norm) x = scaled(x, r, norm[c]);
       sink(t, 1024 * c + 4 * tid, x);
     }
   }

@@ -268,6 +268,26 @@ void delta_case(std::vector<Case>& out, int pos, int64_t t, int gk, int gv, int6
                  }, false, act != Act::F32});
 }
 
+// As in a layer: the second operation may find something prepared by the first
+void gated_delta_case(std::vector<Case>& out, Format f, Act act, int64_t t, int gk, int gv, int64_t dk, int64_t dv, int64_t dim) {
+  const int64_t ch = 2 * gk * dk + gv * dv, n = gv * dv;
+  if (f.group && n % f.group) return;
+  out.push_back({label("delta_net, gated_norm_matmul", f, act, {{"T", t}, {"GK", gk}, {"GV", gv}, {"DK", dk}, {"DV", dv}, {"D", dim}}), act, [=](Device& d, Bench& b) {
+                   const Tensor qkvz = b.in(b.normals(t * (ch + n), 1), t, ch + n);
+                   DeltaNetArgs a;
+                   a.qkv = qkvz.columns(0, ch), a.z = qkvz.columns(ch, n), a.out_norm = b.in(norm_weights(b, dv), dv);
+                   a.ba = b.in(b.normals(t * 2 * gv, 2), t, 2 * gv), a.conv = b.weights(DType::F32, ch, 4, 0, 0.5f);
+                   a.neg_a = b.in(Floats(static_cast<size_t>(gv), -0.3f), gv), a.dt_bias = b.in(Floats(static_cast<size_t>(gv), 0.1f), gv);
+                   a.conv_ring = b.out("ring", 16, ch, 0, b.normals(16 * ch, 1)), a.state = b.out("state", gv, dk, dv, b.normals(gv * dk * dv, 0.1f));
+                   a.o = b.out("o", t, n), a.key_heads = gk, a.value_heads = gv, a.act = act, a.step = b.step(21, static_cast<int>(t), 0);
+                   d.delta_net(a);
+                   GatedNormMatmulArgs m;
+                   m.o = a.o, m.z = a.z, m.norm = a.out_norm, m.key_dim = dk, m.act = act, m.w = b.weights(f.type, dim, n, f.group);
+                   m.h = b.out("h", t, dim, 0, b.normals(t * dim, 1));
+                   d.gated_norm_matmul(m);
+                 }, false, act != Act::F32 && t > 8});
+}
+
 void attention_case(std::vector<Case>& out, int pos, int64_t t, int h, int hk, int64_t dh, int64_t r, DType kv) {
   out.push_back({label("attention", {kv, 0}, kv == DType::F32 ? Act::F32 : Act::BF16, {{"pos", pos}, {"T", t}, {"H", h}, {"HK", hk}, {"DH", dh}, {"R", r}}),
                  kv == DType::F32 ? Act::F32 : Act::BF16, [=](Device& d, Bench& b) {
@@ -402,6 +422,7 @@ std::vector<Case> table() {
     for (int64_t t : {1, 3}) {
       moe_cases(c, {DType::INT4, 128}, f, Act::BF16, t, 11, 10, t == 3 ? 1152 : 2048, t == 3 ? 256 : 512, 256);
       gated_cases(c, f, Act::BF16, t, 32, 128, 32);
+      gated_delta_case(c, f, Act::BF16, t, 2, 4, 128, 128, 64);
     }
   for (int64_t t : {2, 4, 5, 8})
     for (int e : {11, 70}) moe_cases(c, {DType::INT4, 128}, {e == 11 ? DType::INT8 : DType::BF16, e == 11 ? 64 : 0}, Act::BF16, t, e, 10, 256, 512, 512);
@@ -418,6 +439,9 @@ std::vector<Case> table() {
     delta_case(c, 7, 3, 2, 2, 64, 32, conv);
     delta_case(c, 9, 5, 1, 3, 32, 96, conv);
   }
+  for (int64_t t : {1, 2, 4, 7, 9}) gated_delta_case(c, {DType::BF16, 0}, Act::BF16, t, 16, 32, 128, 128, 96);
+  for (Act act : {Act::F32, Act::BF16, Act::INT8})
+    for (int64_t dv : {128, 96}) gated_delta_case(c, {DType::INT8, 32}, act, 3, 1, 3, dv == 96 ? 32 : 128, dv, 48);
   for (DType kv : {DType::F32, DType::BF16, DType::I8}) {
     for (int pos : {0, 1, 15, 63, 64, 255, 256, 300}) attention_case(c, pos, 1, 8, 1, 256, 64, kv);
     for (int64_t t : {2, 5, 8, 65}) attention_case(c, static_cast<int>(t) - 2, t, 4, 2, 256, 64, kv);
@@ -486,7 +510,7 @@ static void agree_with_ref(const std::vector<std::unique_ptr<Device>>& devices, 
   const auto ref = make_ref_device();
   OpLimits l;
   l.tokens = 192, l.width = 16384, l.experts = 512, l.chosen = 10, l.expert_width = 512, l.model_width = 2048;
-  l.heads = 64, l.context = 512, l.kv_codes = 12 * 256, l.value_heads = 4, l.key_heads = 2, l.key_dim = 128, l.value_dim = 128;
+  l.heads = 64, l.context = 512, l.kv_codes = 12 * 256, l.value_heads = 32, l.key_heads = 16, l.key_dim = 128, l.value_dim = 128;
   for (const auto& d : devices) d->reserve(l);
 
   int cases = 0;

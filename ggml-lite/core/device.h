@@ -79,6 +79,7 @@ struct DeltaNetArgs {
                     // the last one in `state`. The call begins with `state`, or with slot step->from - 1 of the call before. So a
                     // call can be taken back to any of its tokens without copying.
   Tensor o;         // out (T, GV*DV)
+  Tensor z, out_norm;  // optional: what D3, the next operation, will be given with this o; a device may prepare what that needs
   int key_heads = 0, value_heads = 0;
   Act act = Act::F32;  // not F32: the chunked form may use BF16 operands; state and inverse stay fp32
   const StepParams* step = nullptr;
@@ -93,6 +94,7 @@ struct GatedNormMatmulArgs {
   Act act = Act::F32;
   Tensor w;     // (D, GV*DV)
   Tensor h;     // in/out (T, D)
+  int64_t key_dim = 0;  // DK, if D2 was the operation before and knew this z and norm
 };
 
 // q and k norm, RoPE on the first R dims (pairs (i, i+R/2)), append to the cache, causal softmax attention.     A2

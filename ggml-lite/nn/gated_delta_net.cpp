@@ -18,10 +18,11 @@ void gated_delta_net(Device& device, const DeltaNetWeights& w, const DeltaNetScr
   rule.conv = w.conv, rule.neg_a = w.neg_a, rule.dt_bias = w.dt_bias;
   rule.conv_ring = conv_ring, rule.state = state, rule.states = states, rule.o = o;
   rule.key_heads = w.key_heads, rule.value_heads = w.value_heads, rule.act = act, rule.step = step;
+  rule.z = qkvz.columns(ch, z), rule.out_norm = w.out_norm;
   device.delta_net(rule);
 
   GatedNormMatmulArgs out;  // h += (T, D)
-  out.o = o, out.z = qkvz.columns(ch, z), out.norm = w.out_norm, out.eps = eps, out.act = act, out.w = w.out, out.h = h;
+  out.o = o, out.z = rule.z, out.norm = w.out_norm, out.key_dim = state.shape[1], out.eps = eps, out.act = act, out.w = w.out, out.h = h;
   device.gated_norm_matmul(out);
 }
 
