@@ -97,6 +97,7 @@ struct Planes {
 };
 
 struct Few {
+  float* gated;        // (T, H*DH) or null: o * sigmoid(gate) as well
   float* part;         // (chunks, tokens, H, DH)
   float2* stats;       // (tokens, H, chunks): m, l
   uint32_t* counters;  // (HK, kHeadCounters), zero
@@ -430,11 +431,12 @@ __device__ __forceinline__ void store_part(const Attn& a, const Few& f, int head
 // three: nobody looks at them any more.
 
 constexpr int kHeadCounters = 3;
-struct Combine {  // shared memory, where the ring was
-  float4 sums[16][16];
-  float weight[kChunksMax], reduce[16];
+constexpr int kHalf = kThreads / 2, kRuns = kHalf / 16;
+struct Combine {  // of each half of a block, in shared memory, where the ring was
+  float4 sums[kRuns][16];
+  float weight[kChunksMax], reduce[2 * kHalf / 32];
 };
-static_assert(sizeof(Combine) <= 2 * Int8Cache::kSlotBytes);
+static_assert(2 * sizeof(Combine) <= 2 * Int8Cache::kSlotBytes);
 
 __device__ __forceinline__ void wait_for_parts(uint32_t* counters, uint32_t blocks) {
   __syncthreads();
@@ -449,60 +451,75 @@ __device__ __forceinline__ void wait_for_parts(uint32_t* counters, uint32_t bloc
   __syncthreads();
 }
 
-// o = sum of 2^(m - M) o_chunk / sum of 2^(m - M) l_chunk. In turns of 64 dims of a row: 16 columns of 4 dims x 16 runs of every 16th chunk.
-__device__ __forceinline__ void combine(const Attn& a, const Few& f, int head, int rank, int blocks, Combine& s) {
-  const int group = a.heads / a.kv_heads, tid = static_cast<int>(threadIdx.x), column = tid & 15, run = tid >> 4;
+// o = sum of 2^(m - M) o_chunk / sum of 2^(m - M) l_chunk. In turns of 64 dims of a row, each half of a block its own: 16 columns of 4 dims x 8 runs
+// of every eighth chunk.
+__device__ __forceinline__ void combine(const Attn& a, const Few& f, int head, int rank, int blocks, Combine* of_halves) {
+  const int group = a.heads / a.kv_heads, half = static_cast<int>(threadIdx.x) / kHalf, tid = static_cast<int>(threadIdx.x) % kHalf;
+  const int column = tid & 15, run = tid >> 4;
+  Combine& s = of_halves[half];
+  const auto sync = [&] { asm volatile("bar.sync %0, %1;" ::"r"(half + 1), "n"(kHalf) : "memory"); };  // of this half
 #pragma unroll 1
-  for (int turn = rank; turn < f.tokens * group * 4; turn += blocks) {
+  for (int turn = rank + half * blocks; turn < f.tokens * group * 4; turn += 2 * blocks) {
     const int t = turn / (group * 4), h = head * group + turn / 4 % group, dim = turn % 4 * 64 + column * 4;
     const int n = chunk_of(a.start() + f.first + t) + 1;
     const float2* stats = f.stats + (static_cast<int64_t>(t) * a.heads + h) * f.chunks;
     const float4* part = reinterpret_cast<const float4*>(f.part + (static_cast<int64_t>(t) * a.heads + h) * kWidth + dim);
     const int64_t stride = static_cast<int64_t>(f.tokens) * a.heads * (kWidth / 4);
     const float2 mine = tid < n ? __ldcg(stats + tid) : make_float2(-INFINITY, 0.f);
-    float4 v[4];  // the first parts: all is asked for at once
+    constexpr int kFirst = 8;
+    float4 v[kFirst];  // the first parts: all is asked for at once
 #pragma unroll
-    for (int i = 0; i < 4; i++)
-      if (run + 16 * i < n) v[i] = __ldcg(part + (run + 16 * i) * stride);
+    for (int i = 0; i < kFirst; i++)
+      if (run + kRuns * i < n) v[i] = __ldcg(part + (run + kRuns * i) * stride);
+    float4 gate = make_float4(0, 0, 0, 0);
+    if (run == 0 && f.gated) gate = *reinterpret_cast<const float4*>(a.query(f.first + t, a.heads + h) + dim);
     float top = mine.x;
 #pragma unroll 1
-    for (int c = tid + kThreads; c < n; c += kThreads) top = fmaxf(top, __ldcg(stats + c).x);
+    for (int c = tid + kHalf; c < n; c += kHalf) top = fmaxf(top, __ldcg(stats + c).x);
     top = warp_max(top);
     if ((tid & 31) == 0) s.reduce[tid >> 5] = top;
-    __syncthreads();
+    sync();
 #pragma unroll
-    for (int w = 0; w < kWarps; w++) top = fmaxf(top, s.reduce[w]);
+    for (int w = 0; w < kHalf / 32; w++) top = fmaxf(top, s.reduce[w]);
     float all = 0;
 #pragma unroll 1
-    for (int c = tid; c < n; c += kThreads) {
+    for (int c = tid; c < n; c += kHalf) {
       const float2 stat = c == tid ? mine : __ldcg(stats + c);
       const float w = exp2f(stat.x - top);
       s.weight[c] = w;
       all = fmaf(w, stat.y, all);
     }
-    all = block_sum(all, s.reduce + 8);  // its barrier also makes the weights visible
+    all = warp_sum(all);
+    if ((tid & 31) == 0) s.reduce[kHalf / 32 + (tid >> 5)] = all;
+    sync();  // also makes the weights visible
+    all = 0;
+#pragma unroll
+    for (int w = 0; w < kHalf / 32; w++) all += s.reduce[kHalf / 32 + w];
     float4 o = make_float4(0, 0, 0, 0);
     const auto add = [&](int c, const float4& x) {
       const float w = s.weight[c];
       o.x = fmaf(w, x.x, o.x), o.y = fmaf(w, x.y, o.y), o.z = fmaf(w, x.z, o.z), o.w = fmaf(w, x.w, o.w);
     };
 #pragma unroll
-    for (int i = 0; i < 4; i++)
-      if (run + 16 * i < n) add(run + 16 * i, v[i]);
+    for (int i = 0; i < kFirst; i++)
+      if (run + kRuns * i < n) add(run + kRuns * i, v[i]);
 #pragma unroll 4
-    for (int c = run + 64; c < n; c += 16) add(c, __ldcg(part + c * stride));
+    for (int c = run + kRuns * kFirst; c < n; c += kRuns) add(c, __ldcg(part + c * stride));
     s.sums[run][column] = o;
-    __syncthreads();
+    sync();
     if (run == 0) {
-#pragma unroll 3
-      for (int r = 1; r < 16; r++) {
-        const float4 v = s.sums[r][column];
-        o.x += v.x, o.y += v.y, o.z += v.z, o.w += v.w;
+#pragma unroll
+      for (int r = 1; r < kRuns; r++) {
+        const float4 x = s.sums[r][column];
+        o.x += x.x, o.y += x.y, o.z += x.z, o.w += x.w;
       }
-      *reinterpret_cast<float4*>(a.o + (static_cast<int64_t>(f.first + t) * a.heads + h) * kWidth + dim) =
-          make_float4(o.x / all, o.y / all, o.z / all, o.w / all);
+      const int64_t at = (static_cast<int64_t>(f.first + t) * a.heads + h) * kWidth + dim;
+      o = make_float4(o.x / all, o.y / all, o.z / all, o.w / all);
+      *reinterpret_cast<float4*>(a.o + at) = o;
+      if (f.gated)
+        *reinterpret_cast<float4*>(f.gated + at) = make_float4(o.x * sigmoid(gate.x), o.y * sigmoid(gate.y), o.z * sigmoid(gate.z), o.w * sigmoid(gate.w));
     }
-    __syncthreads();  // before the next turn's weights
+    sync();  // before the next turn's weights
   }
 }
 
@@ -636,7 +653,7 @@ __global__ __launch_bounds__(kThreads, 1) void attn_few_k(const Attn a, const Fe
     store_part<Tiles, Cache>(a, f, head, chunk, tiles, reduce, o, m, l);
   }
   wait_for_parts(f.counters + head * kHeadCounters, static_cast<uint32_t>(blocks));
-  combine(a, f, head, rank, blocks, *reinterpret_cast<Combine*>(shared));
+  combine(a, f, head, rank, blocks, reinterpret_cast<Combine*>(shared));
 }
 
 // ---- exact ------------------------------------------------------------------------------------------------------------
@@ -760,12 +777,14 @@ int few_tiles(const Context& ctx) {
 
 // Tokens that do not fit at once follow in a second launch. False: none fits.
 template <class Cache>
-bool few(const Context& ctx, Attn a) {
+bool few(const Context& ctx, Attn a, bool gates) {
   const int per_token = (a.heads / a.kv_heads + 7) / 8, at_once = few_tiles<Cache>(ctx) / per_token;
   if (at_once == 0 || a.kv_heads * kHeadCounters > kCounters) return false;
   a.q_scale *= kLog2e;
   Scratch s(ctx);
   Few f;
+  f.gated = s.take<float>(int64_t{a.tokens} * a.heads * kWidth);
+  if (!gates) f.gated = nullptr;
   f.chunks = chunk_of(a.context - 1) + 1;
   f.part = s.take<float>(static_cast<int64_t>(f.chunks) * a.tokens * a.heads * kWidth);
   f.stats = s.take<float2>(static_cast<int64_t>(f.chunks) * a.tokens * a.heads);
@@ -805,18 +824,21 @@ void attention_exact(const Context& ctx, const Attn& a, DType cache) {
   else exact<__nv_bfloat16>(ctx, a);
 }
 
-void attention_few(const Context& ctx, const AttentionArgs& args) {
+bool attention_few(const Context& ctx, const AttentionArgs& args) {
   QN_CHECK(args.qgkv.rows() <= kFewTokens, "attention_few: %lld tokens", static_cast<long long>(args.qgkv.rows()));
   const Attn a = make_attn(args);
   const DType cache = args.k_cache.dtype;
-  if (attention_is_fast(args) && (cache == DType::I8 ? few<Int8Cache>(ctx, a) : few<Bf16Cache>(ctx, a))) return;
+  const bool gates = args.then_gate && args.qgkv.row_stride % 4 == 0 && reinterpret_cast<uintptr_t>(args.qgkv.data) % 16 == 0;
+  if (attention_is_fast(args) && (cache == DType::I8 ? few<Int8Cache>(ctx, a, gates) : few<Bf16Cache>(ctx, a, gates))) return gates;
   attention_exact(ctx, a, cache);
+  return false;
 }
 
 size_t attention_scratch(const OpLimits& limits) {
   const int64_t rows = static_cast<int64_t>(std::min(limits.tokens, kFewTokens)) * limits.heads;
   const int64_t chunks = limits.context > 0 ? chunk_of(static_cast<int>(std::min(limits.context, kMaxContext) - 1)) + 1 : 0;
   Scratch s;
+  s.take<float>(rows * kWidth);
   s.take<float>(chunks * rows * kWidth);
   s.take<float2>(chunks * rows);
   return std::max(s.used(), attention_wgmma_scratch(limits));

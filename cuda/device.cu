@@ -483,11 +483,12 @@ class CudaDevice final : public Device {
     done("gated_norm_matmul");
   }
   void do_attention(const AttentionArgs& a) override {
-    few(a.qgkv.rows()) ? attention_few(context_, a) : attention_many(context_, a);
+    if (few(a.qgkv.rows())) gated_ = attention_few(context_, a);
+    else attention_many(context_, a);
     done("attention");
   }
   void do_gate_matmul(const GateMatmulArgs& a) override {
-    few(a.o.rows()) ? matvec_gate(context_, a) : matmul_gate(context_, a);
+    few(a.o.rows()) ? matvec_gate(context_, a, a.behind && gated_) : matmul_gate(context_, a);
     done("gate_matmul");
   }
   void do_moe_router(const MoeRouterArgs& a) override {
@@ -533,6 +534,7 @@ class CudaDevice final : public Device {
   const bool graphs_;
   std::string name_;
   Context context_;
+  bool gated_ = false;  // attention_few()'s answer
   uint8_t *fixed_ = nullptr, *weights_ = nullptr, *staging_ = nullptr;
   uint64_t weight_bytes_ = 0, placed_ = 0;
   size_t staged_ = 0, free_at_start_ = 0;

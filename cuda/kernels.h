@@ -62,7 +62,7 @@ void embed(const Context&, const EmbedArgs&);
 // ---- matvec.cu: at most kFewTokens rows, any weight format and rounding
 void matvec_norm(const Context&, const NormMatmulArgs&);
 void matvec_gated_norm(const Context&, const GatedNormMatmulArgs&);
-void matvec_gate(const Context&, const GateMatmulArgs&);
+void matvec_gate(const Context&, const GateMatmulArgs&, bool gated);  // gated: attention_few() has left that
 void matvec_concat(const Context&, const ConcatMatmulArgs&);
 void matvec_router(const Context&, const MoeRouterArgs&);
 size_t matvec_scratch(const OpLimits&);
@@ -117,14 +117,16 @@ void delta_net(const Context&, const DeltaNetArgs&);
 // read both o and z, and gate. It lies where scratch memory begins; null where the shapes are others.
 struct Gated {
   static constexpr int kParts = 16;  // of a head
-  float* o = nullptr;        // (T, GV*DV): o * norm * silu(z), without 1 / rms(o)
-  float* squares = nullptr;  // (T, GV, kParts): sums of o^2
+  float* o = nullptr;        // (T, GV*DV): o * norm * silu(z), without 1 / rms(o); of attention (T, H*DH), o * sigmoid(gate)
+  float* squares = nullptr;  // (T, GV, kParts): sums of o^2; of attention null
 };
 Gated take_gated(const Context&, int64_t tokens, int64_t value_heads, int64_t key_dim, int64_t value_dim);
 size_t delta_net_scratch(const OpLimits&);
 
 // ---- attn.cu, attn_prefill.cu, attn_wgmma.cu
-void attention_few(const Context&, const AttentionArgs&);     // at most kFewTokens rows
+// At most kFewTokens rows. Whether it has left, for gate_matmul, if that is the next operation, o times sigmoid(gate) where scratch memory begins:
+// every block of a product would read both, and gate.
+bool attention_few(const Context&, const AttentionArgs&);
 void attention_many(const Context&, const AttentionArgs&);
 size_t attention_scratch(const OpLimits&);
 

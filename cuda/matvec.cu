@@ -568,6 +568,15 @@ void multiply(const Context& c, const char* what, const Product& p) {
   if (!takes_fast(p) || !matvec_fast(c, what, p)) matvec_exact(c, what, p);
 }
 
+// p with what the operation before has gated; false: only as it was
+bool multiply_gated(const Context& c, const char* what, Product p, const Gated& from, int64_t parts, float eps) {
+  const Input as = p.in;
+  p.in = {};
+  p.in.mix = Mix::Gated, p.in.tokens = as.tokens, p.in.k = as.k, p.in.eps = eps;
+  p.in.a = from.o, p.in.lda = as.k, p.in.b = from.squares, p.in.ldb = parts;
+  return quick_shape(p.in) && takes_fast(p) && matvec_fast(c, what, p);
+}
+
 Input input(Mix mix, const Tensor& a, const Tensor& b, const Tensor& w, const Tensor& w2, float eps) {
   Input in;
   in.mix = mix, in.tokens = static_cast<int>(a.rows()), in.eps = eps;
@@ -594,20 +603,16 @@ void matvec_gated_norm(const Context& c, const GatedNormMatmulArgs& a) {
   p.in = input(Mix::GatedNorm, a.o, a.z, a.norm, {}, a.eps);
   p.act = a.act, p.w = a.w, p.store = Store::Add, p.y = a.h.f32(), p.ldy = a.h.row_stride;
   const int64_t heads = a.o.cols() / a.norm.rows();
-  if (const Gated ready = take_gated(c, a.o.rows(), heads, a.key_dim, a.norm.rows()); ready.o && a.act == Act::BF16) {
-    Product q = p;
-    q.in = {};
-    q.in.mix = Mix::Gated, q.in.tokens = p.in.tokens, q.in.k = p.in.k, q.in.eps = a.eps;
-    q.in.a = ready.o, q.in.lda = p.in.k, q.in.b = ready.squares, q.in.ldb = heads * Gated::kParts;
-    if (quick_shape(q.in) && takes_fast(q) && matvec_fast(c, "gated_norm_matmul", q)) return;
-  }
+  const Gated ready = take_gated(c, a.o.rows(), heads, a.key_dim, a.norm.rows());
+  if (ready.o && a.act == Act::BF16 && multiply_gated(c, "gated_norm_matmul", p, ready, heads * Gated::kParts, a.eps)) return;
   multiply(c, "gated_norm_matmul", p);
 }
 
-void matvec_gate(const Context& c, const GateMatmulArgs& a) {
+void matvec_gate(const Context& c, const GateMatmulArgs& a, bool gated) {
   Product p;
   p.in = input(Mix::Gate, a.o, a.gate, {}, {}, 0);
   p.act = a.act, p.w = a.w, p.store = Store::Add, p.y = a.h.f32(), p.ldy = a.h.row_stride;
+  if (gated && a.act == Act::BF16 && multiply_gated(c, "gate_matmul", p, {Scratch(c).take<float>(a.o.rows() * a.o.cols())}, 0, 0)) return;
   multiply(c, "gate_matmul", p);
 }
 

@@ -12,7 +12,7 @@ enum class Mix {
   GatedNorm,  // norm(a per head) * w * silu(b)
   Gate,       // a * sigmoid(b)
   Concat,     // norm(a) * w | norm(b) * w2
-  Gated,      // a / rms of heads of 128, whose squares b has in parts (kernels.h)
+  Gated,      // a / rms of heads of 128, whose squares b has in parts (kernels.h), or a alone
 };
 
 struct Input {
@@ -252,7 +252,7 @@ __device__ __forceinline__ void gated_quads(const Input& in, Sink sink) {
 #pragma unroll
       for (int c = 0; c < 4; c++) {
         const bool there = first + i < tokens && 1024 * c + 128 * warp < in.k;
-        r[i][c] = there ? in.b[(first + i) * in.ldb + (8 * c + warp) * Gated::kParts + lane % Gated::kParts] : 0.f;
+        r[i][c] = there && in.b ? in.b[(first + i) * in.ldb + (8 * c + warp) * Gated::kParts + lane % Gated::kParts] : 0.f;
         v[i][c] = there ? load4(in.a + (first + i) * in.lda + 1024 * c + 4 * tid) : float4{};
       }
 #pragma unroll
@@ -261,7 +261,7 @@ __device__ __forceinline__ void gated_quads(const Input& in, Sink sink) {
       for (int c = 0; c < 4; c++) {
 #pragma unroll
         for (int l = 1; l < Gated::kParts; l *= 2) r[i][c] += __shfl_xor_sync(0xffffffffu, r[i][c], l);
-        r[i][c] = rsqrtf(r[i][c] * (1.f / 128) + in.eps);
+        r[i][c] = in.b ? rsqrtf(r[i][c] * (1.f / 128) + in.eps) : 1.f;
       }
 #pragma unroll 1  // the code would be large
     for (int i = 0; i < kAtOnce && first + i < tokens; i++) {

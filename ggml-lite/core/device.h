@@ -111,6 +111,7 @@ struct AttentionArgs {
   int heads = 0, kv_heads = 0;
   Tensor o;               // out (T, H*DH)
   const StepParams* step = nullptr;
+  bool then_gate = false; // A3 comes next, with this o and the gate of qgkv: a device may prepare what that needs
 };
 
 // h += W act( o * sigmoid(gate) )     A3
@@ -120,6 +121,7 @@ struct GateMatmulArgs {
   Act act = Act::F32;
   Tensor w;     // (D, H*DH)
   Tensor h;     // in/out (T, D)
+  bool behind = false;  // A2 was the operation before, and knew
 };
 
 // D4: x = norm(h); router logits; shared expert up to its SwiGLU; its scalar gate.

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <array>
 #include <chrono>
+#include <cmath>
 
 #include "ggml-lite/base/check.h"
 
@@ -97,15 +98,18 @@ void Decoder::choose_on_host() {
   }
 }
 
-// Where guesses are not known here, tokens that no text has: only their number matters.
+// Where guesses are not known here, tokens that no text has: only their number matters. Lots are even, not random (multiples of square roots of
+// primes, without their integers: Kronecker's sequence in kMaxDraft dimensions), so that some hundred steps have the shares of infinitely many.
 void Decoder::win_by_lottery() {
+  static constexpr double kRoots[kMaxDraft] = {0.41421356237309505, 0.73205080756887729, 0.23606797749978969, 0.64575131106459059, 0.31662479035539985, 0.60555127546398929, 0.12310562561766055};
+  const double lot = static_cast<double>(lots_++) + 0.5;
   const auto uniform = [this] {  // SplitMix64
     uint64_t z = drawn_++ * 0x9E3779B97F4A7C15u + 0x9E3779B97F4A7C15u;
     z = (z ^ z >> 30) * 0xBF58476D1CE4E5B9u, z = (z ^ z >> 27) * 0x94D049BB133111EBu;
     return static_cast<double>((z ^ z >> 31) >> 11) * 0x1p-53;
   };
   size_t right = 0;
-  while (right < guesses_.size() && uniform() < lottery_) right++;
+  while (right < guesses_.size() && lot * kRoots[right] - std::floor(lot * kRoots[right]) < lottery_) right++;
   ready_.clear();
   for (size_t i = 0; i <= right; i++)
     ready_.push_back(i < right && guesses_[i] >= 0 ? guesses_[i] : static_cast<int32_t>(uniform() * static_cast<double>(std::min(m_.logits.cols(), kCommonIds))));

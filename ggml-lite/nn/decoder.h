@@ -129,7 +129,7 @@ class Decoder {
   bool active_ = false, plain_ = false;  // between begin() and finish()
   double begun_ = 0;                // when the step began
   double lottery_ = -1;
-  uint64_t drawn_ = 0;
+  uint64_t drawn_ = 0, lots_ = 0;
 
   Buffer memory_;
   Tensor late_, guessed_;           // (2R, D): final norms for slots late_slot_ ..., late_rows_ of them; (1, D): what the layer gave last

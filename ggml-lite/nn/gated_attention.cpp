@@ -15,11 +15,11 @@ void gated_attention(Device& device, const AttentionWeights& w, const AttentionS
   a.qgkv = qgkv, a.q_norm = w.q_norm, a.k_norm = w.k_norm, a.eps = eps;
   a.inv_freq = rope.inv_freq, a.rope_scale = rope.scale, a.act = act;
   a.k_cache = cache.k, a.v_cache = cache.v, a.k_scales = cache.k_scales, a.v_scales = cache.v_scales;
-  a.heads = w.heads, a.kv_heads = w.kv_heads, a.o = o, a.step = step;
+  a.heads = w.heads, a.kv_heads = w.kv_heads, a.o = o, a.step = step, a.then_gate = true;
   device.attention(a);
 
   GateMatmulArgs out;  // h += (T, D)
-  out.o = o, out.gate = qgkv.columns(width, width), out.act = act, out.w = w.out, out.h = h;
+  out.o = o, out.gate = qgkv.columns(width, width), out.act = act, out.w = w.out, out.h = h, out.behind = true;
   device.gate_matmul(out);
 }
 
