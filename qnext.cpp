@@ -642,7 +642,7 @@ struct Session::Stage : qn::PipelineStage {
     const Tensor x = wanted < all.rows() ? all.slice(all.rows() - wanted, wanted) : all;
     qn::sparse_moe(device, l.moe, scratch.moe, x, m.eps, e.act, part.offload && x.rows() <= qn::kPlacedTokens ? e.placed_act : e.act,
                    index + 1 < part.end ? &m.layers[static_cast<size_t>(index) + 1].moe : nullptr);
-    trace(index, "experts", scratch.moe.ids.slice(0, x.rows()));
+    if (x.rows()) trace(index, "experts", scratch.moe.ids.slice(0, x.rows()));
   }
 
   void head(const Tensor& x, const Tensor& norm, const Tensor& y, const Tensor& normed_out) {

@@ -209,7 +209,7 @@ __global__ void __launch_bounds__(256) likely_experts_k(const Likely a) {
         const int i = base + lane;
         bool miss = i < n;
         for (int j = 0; miss && j < i; j++) miss = ids[j] != ids[i];
-        miss = miss && a.home.slot_of[ids[i]] < 0;
+        miss = miss && load_past_l1(a.home.slot_of + ids[i]) < 0;
         const unsigned all = __ballot_sync(kAll, miss);
         if (miss) missing[misses + __popc(all & ((1u << lane) - 1))] = ids[i];
         misses += __popc(all);
@@ -220,7 +220,11 @@ __global__ void __launch_bounds__(256) likely_experts_k(const Likely a) {
       if (lane == 0) *a.box.likely_layer = a.home.layer, *a.box.likely_count = misses;
       __threadfence_system();
       __syncwarp();
-      if (lane == 0) a.box.pending[3] = 0, store_release_system(a.box.likely, ++a.box.pending[2]);
+      if (lane == 0) {
+        const uint32_t number = load_past_l1(a.box.pending + 2) + 1;
+        a.box.pending[2] = number, a.box.pending[3] = 0;
+        store_release_system(a.box.likely, number);
+      }
     }
   }
   if (a.beside) wait_for_previous();  // who comes behind relies on the fetch

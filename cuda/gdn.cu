@@ -187,7 +187,7 @@ __global__ void __launch_bounds__(kThreads, 1) delta_net_few_k(const Delta a) {
         if ((lane & 9) == 8) a.gated.o[static_cast<int64_t>(t) * a.gv * a.dv + head * a.dv + column + my_column] = out * (norm * silu(z[0]));
 #pragma unroll
         for (int i = 1; i < Tokens; i++) z[i - 1] = z[i];
-        float square = out * out;
+        float square = __fmul_rn(out, out);  // not to be contracted: the same bits in every instance
         square += __shfl_xor_sync(0xffffffffu, square, 2);  // over the lanes with the same (lane & 9)
         square += __shfl_xor_sync(0xffffffffu, square, 4);
         square += __shfl_xor_sync(0xffffffffu, square, 16);
@@ -510,6 +510,7 @@ void delta_net(const Context& c, const DeltaNetArgs& args) {
 
   a.z = args.z.f32(), a.z_stride = args.z.row_stride, a.out_norm = args.out_norm.f32();
   if (args.z && a.tokens <= kFewTokens) a.gated = take_gated(c, a.tokens, a.gv, a.dk, a.dv);
+  if (!a.gated.o) a.z_stride = 0;
 
   const auto columns = static_cast<unsigned>(a.dv / kColumns), heads = static_cast<unsigned>(a.gv), keys = static_cast<unsigned>(a.gk);
   const bool fast = a.dk == kDim, many = fast && a.tokens > kFewTokens;

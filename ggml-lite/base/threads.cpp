@@ -109,7 +109,7 @@ bool allow_tiles() {
 
 // Every waiting is for a counter to move on: the epoch (a new job), or how far a thread is.
 // A waiter polls its counter for a while, then sleeps in the kernel on that address (std::atomic::wait; the waking side makes
-// no system call while nobody sleeps). Counters that different threads write lie on lines of their own.
+// no system call while nobody sleeps: wake()). Counters that different threads write lie on lines of their own.
 //
 // How far thread i is: reached[i] = kJob * jobs it has ended + barriers of this job it has come to. A barrier is one store, and loads of all
 // others' counters, which are under way together; a common counter would go from core to core (15 threads on a virtual machine: two
@@ -130,14 +130,15 @@ struct Threads::Impl {
   bool stop = false, running = false;
   std::vector<Reached> reached;       // by that thread
   std::vector<Claims> claims;         // by that thread and those who help it
-  alignas(64) std::atomic<bool> poisoned{false};  // a thread of this job has failed: no barrier will be complete
+  alignas(64) std::atomic<int> sleepers{0};
+  std::atomic<bool> poisoned{false};  // a thread of this job has failed: no barrier will be complete
   alignas(64) std::atomic<int64_t> task{0};
   alignas(64) std::mutex error_mutex;
   std::exception_ptr error;
   std::vector<std::thread> workers;
 
   template <class T>
-  void await_change(const std::atomic<T>& a, T old) const {
+  void await_change(const std::atomic<T>& a, T old) {
     if (spin.count() > 0) {
       const auto end = Clock::now() + spin;
       do {
@@ -147,18 +148,28 @@ struct Threads::Impl {
         }
       } while (Clock::now() < end);
     }
-    a.wait(old, std::memory_order_acquire);
+    sleepers.fetch_add(1);
+    a.wait(old);
+    sleepers.fetch_sub(1);
   }
 
-  void await(uint32_t at) const {  // all threads, this one included
+  // Behind a change of what others may be waiting for. Sleepers count themselves before they look at the counter for the last time, we change it
+  // before we look at their number, and all of that is sequentially consistent: one of us sees the other. (Without the number it would be
+  // the library's, of one entry for all counters of all pools.)
+  template <class T>
+  void wake(std::atomic<T>& a) {
+    if (sleepers.load() > 0) a.notify_all();
+  }
+
+  void await(uint32_t at) {  // all threads, this one included
     for (const Reached& r : reached)
       for (uint32_t now; static_cast<int32_t>((now = r.at.load(std::memory_order_acquire)) - at) < 0;) await_change(r.at, now);
   }
 
   void reach(int thread, uint32_t at) {
     std::atomic<uint32_t>& mine = reached[static_cast<size_t>(thread)].at;
-    mine.store(at, std::memory_order_release);
-    mine.notify_all();
+    mine.store(at);
+    wake(mine);
   }
 
   uint32_t end_of_job(int thread) const { return (reached[static_cast<size_t>(thread)].at.load(std::memory_order_relaxed) / kJob + 1) * kJob; }
@@ -228,7 +239,7 @@ void Threads::run_raw(void (*call)(void*, int), void* arg) {
   s.poisoned.store(false, std::memory_order_relaxed);
   if (s.n > 1) {
     s.epoch.fetch_add(1);
-    s.epoch.notify_all();
+    s.wake(s.epoch);
   }
   const uint32_t end = s.end_of_job(0);
   s.work(0);

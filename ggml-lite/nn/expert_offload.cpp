@@ -92,7 +92,7 @@ struct ExpertHost::Impl {
     for (uint32_t n = 1;; n++) {
       for (Client& c : clients)
         if (c.asks()) answer(c), last = Clock::now();
-        else if (c.advises()) read_ahead(c);
+        else if (c.advises()) read_ahead(c), last = Clock::now();
 #if defined(__x86_64__)
       __builtin_ia32_pause();
 #endif
