@@ -672,6 +672,13 @@ void notes(const Run& run) {
     const qn::Forecast& f = run.outlook->forecast;
     line("", qn::format("%.1f experts of a token and layer have no slot; host memory %.1f GB/s, bus %.1f GB/s: at these speeds and nothing waiting %.1f tok/s", f.misses,
                         run.outlook->speeds.host / 1e9, run.outlook->speeds.bus / 1e9, f.bound));
+    const auto decode = std::ranges::find_if(run.results, [](const Result& r) { return r.kind == Result::Test && r.prompt == 0; });
+    if (decode != run.results.end() && run.offload.steps) {
+      const double layer = 1e6 / decode->speed().mean / run.info.layers, cpu = 1e6 * run.offload.seconds / static_cast<double>(run.offload.steps);
+      line("", qn::format("%s, %.0f %% of that: %.1f %% of the chosen have a slot, %.0f of a token do not; of %.1f us a layer the CPU computes in %.1f, beside the GPU,",
+                          decode->name.c_str(), 100 * decode->speed().mean / f.bound, 100 - 100 * f.misses / run.info.chosen, f.misses * run.info.layers, layer, cpu));
+      line("", qn::format("and reads ahead in the others, %.1f, while the GPU is at what comes before the experts", layer - cpu));
+    }
     line("", qn::format("--plan expects %.1f tok/s, prompts of 2048 at %.0f, of 8192 at %.0f", f.decode, f.prefill[0], f.prefill[1]));
   }
   line("", "resident set of the process " + gib(qn::peak_rss()) + " at its peak" +
