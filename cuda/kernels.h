@@ -28,7 +28,9 @@ struct Context {
   int sms = 0;                     // multiprocessors
   bool overlap = false;            // programmatic dependent launch (cuda/common.cuh)
   size_t shared_max = 0;           // bytes of shared memory a block may ask for
-  uint8_t* scratch = nullptr;      // at least the *_scratch() of the operation; free again when the next operation starts
+  // At least the *_scratch() of the operation; free again when the next operation starts. But for what an operation leaves at its beginning for the
+  // next one, when the caller vouches that it is the next: rounded_inner() (moe_slab.cuh), Gated.
+  uint8_t* scratch = nullptr;
   size_t scratch_bytes = 0;
   uint32_t* counters = nullptr;    // kCounters words, zero before and after every kernel
 };

@@ -15,11 +15,13 @@ constexpr int kThreads = kMatvecThreads;
 __global__ void __launch_bounds__(kThreads) matvec_input_k(Input in, Act act, float* exact, float* rounded) {
   extern __shared__ float sums[];
   let_next_start();
-  prefetch_norms(in);
+  float4 norm[4];
+  if (in.quick) load_norms(in, norm);
+  else prefetch_norms(in);
   wait_for_previous();
   const int64_t token = blockIdx.x;
   in.a += token * in.lda, in.b += token * in.ldb, in.tokens = 1;
-  for_each_quad(in, sums, sums + in.spans * in.pieces, [&](int, int k, float4 v) {
+  const auto sink = [&](int, int k, float4 v) {
     if (exact && k < in.k) *reinterpret_cast<float4*>(exact + token * in.k + k) = v;
     if (!rounded) return;
     if (act == Act::INT8) {
@@ -29,7 +31,9 @@ __global__ void __launch_bounds__(kThreads) matvec_input_k(Input in, Act act, fl
       v = {round_bf16(v.x), round_bf16(v.y), round_bf16(v.z), round_bf16(v.w)};
     }
     if (k < in.k) *reinterpret_cast<float4*>(rounded + token * in.k + k) = v;
-  });
+  };
+  if (in.quick) quick_quads<true>(in, norm, sums, sink);
+  else for_each_quad(in, sums, sums + in.spans * in.pieces, sink);
 }
 
 struct Rows {
@@ -93,13 +97,15 @@ void launch_rows(const Context& c, const char* what, const Tensor& w, const floa
 }  // namespace
 
 void matvec_exact(const Context& c, const char* what, const Product& p) {
-  const Input& in = p.in;
+  Input in = p.in;
+  // As matvec.cu chooses, in the same order of sums: norms that come here without a product and there with one have the same bits
+  in.quick = p.act == Act::BF16 && quick_shape(in);
   const bool round = p.w && p.act != Act::F32, exact_rows = p.exact[0].w || p.exact[1].w;
   Scratch s(c);
   float* exact = p.normed;
   if (!exact && (exact_rows || !round)) exact = s.take<float>(int64_t{in.tokens} * in.k);
   float* rounded = round ? s.take<float>(int64_t{in.tokens} * in.k) : nullptr;
-  const size_t shared = static_cast<size_t>(in.spans) * (static_cast<size_t>(in.pieces) + 1) * 4;
+  const size_t shared = std::max(static_cast<size_t>(in.spans) * (static_cast<size_t>(in.pieces) + 1), size_t{16}) * 4;
   launch(c, what, matvec_input_k, static_cast<unsigned>(in.tokens), kThreads, shared, in, p.act, exact, rounded);
   launch_rows(c, what, p.w, round ? rounded : exact, in.tokens, p.y, p.ldy, p.store, false);
   for (const ExactRows& e : p.exact) launch_rows(c, what, e.w, exact, in.tokens, e.y, e.ldy, Store::Set, e.squash);

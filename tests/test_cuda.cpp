@@ -7,6 +7,7 @@
 
 #include "cuda/cuda.h"
 #include "ggml-lite/base/check.h"
+#include "ggml-lite/core/codec.h"
 #include "ggml-lite/core/device.h"
 #include "ggml-lite/text/sampler.h"
 
@@ -197,6 +198,41 @@ void compare_with_cpu(int vocab, int rounds, uint32_t seed) {
 }
 
 }  // namespace
+
+// The final norms of some rows of a pass come with logits, those of others alone; the layer that predicts must not see which
+TEST_CASE("CUDA: norms have the same bits with a product and without, of one row and of several") {
+  if (no_gpu()) return;
+  const auto d = make_device(64);
+  for (Act act : {Act::BF16, Act::INT8, Act::F32})
+    for (int64_t k : {256, 512, 480}) {
+      CAPTURE(k);
+      Random random(3);
+      Floats h(static_cast<size_t>(5 * k)), norm(static_cast<size_t>(k));
+      std::vector<uint16_t> w(static_cast<size_t>(64 * k));
+      for (float& v : h) v = static_cast<float>(4 * uniform(random) - 2);
+      for (float& v : norm) v = static_cast<float>(0.5 + uniform(random));
+      for (uint16_t& v : w) v = float_to_bf16(static_cast<float>(uniform(random) - 0.5));
+      Buffer on_h = d->alloc(h.size() * 4, "h"), on_norm = d->alloc(norm.size() * 4, "norm"), on_w = d->alloc(w.size() * 2, "w"), y = d->alloc(5 * 64 * 4, "y"),
+             normed = d->alloc(h.size() * 4, "normed");
+      d->upload(on_h.data(), h.data(), h.size() * 4), d->upload(on_norm.data(), norm.data(), norm.size() * 4), d->upload(on_w.data(), w.data(), w.size() * 2);
+      const auto norms = [&](int64_t rows, bool product) {  // so many rows at a time
+        for (int64_t at = 0; at < 5; at += rows) {
+          NormMatmulArgs a;
+          a.h = view(on_h.data(), DType::F32, 5, k).slice(at, rows), a.normed = view(normed.data(), DType::F32, 5, k).slice(at, rows);
+          a.norm = view(on_norm.data(), DType::F32, k), a.act = act;
+          if (product) a.w = view(on_w.data(), DType::BF16, 64, k), a.y = view(y.data(), DType::F32, 5, 64).slice(at, rows);
+          d->norm_matmul(a);
+        }
+        Floats out(h.size());
+        d->download(out.data(), normed.data(), out.size() * 4);
+        return out;
+      };
+      const Floats want = norms(1, true);
+      CHECK(norms(5, true) == want);
+      CHECK(norms(5, false) == want);
+      CHECK(norms(1, false) == want);
+    }
+}
 
 TEST_CASE("CUDA: the token chosen is the one the CPU chooses") {
   if (no_gpu()) return;

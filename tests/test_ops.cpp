@@ -315,6 +315,7 @@ void attention_case(std::vector<Case>& out, int pos, int64_t t, int h, int hk, i
                    a.heads = h, a.kv_heads = hk, a.step = b.step(pos, static_cast<int>(t)), a.act = kv == DType::F32 ? Act::F32 : Act::BF16;
                    a.o = b.out("o", t, h * dh), a.then_gate = true;
                    d.attention(a);
+                   if (t > 9) return;
                    GateMatmulArgs m;  // as in a layer: it may find something prepared
                    m.o = a.o, m.gate = a.qgkv.columns(h * dh, h * dh), m.act = a.act, m.behind = true, m.w = b.weights(DType::BF16, 32, h * dh);
                    m.h = b.out("h", t, 32, 0, Floats(static_cast<size_t>(t * 32)));

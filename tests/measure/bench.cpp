@@ -677,7 +677,7 @@ void notes(const Run& run) {
       const double layer = 1e6 / decode->speed().mean / run.info.layers, cpu = 1e6 * run.offload.seconds / static_cast<double>(run.offload.steps);
       line("", qn::format("%s, %.0f %% of that: %.1f %% of the chosen have a slot, %.0f of a token do not; of %.1f us a layer the CPU computes in %.1f, beside the GPU,",
                           decode->name.c_str(), 100 * decode->speed().mean / f.bound, 100 - 100 * f.misses / run.info.chosen, f.misses * run.info.layers, layer, cpu));
-      line("", qn::format("and reads ahead in the others, %.1f, while the GPU is at what comes before the experts", layer - cpu));
+      if (layer > cpu) line("", qn::format("and reads ahead in the others, %.1f, while the GPU is at what comes before the experts", layer - cpu));
     }
     line("", qn::format("--plan expects %.1f tok/s, prompts of 2048 at %.0f, of 8192 at %.0f", f.decode, f.prefill[0], f.prefill[1]));
   }
