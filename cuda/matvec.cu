@@ -315,7 +315,7 @@ __device__ __forceinline__ void prologue(const Matvec& m, const float4 (&norm)[4
     }
   };
   float* squares = reinterpret_cast<float*>(shared + m.squares);
-  if constexpr (Quick) quick_quads<One>(m.in, norm, squares, sink);
+  if constexpr (Quick) quick_quads<One, One || W == DType::INT8 ? 1 : 2>(m.in, norm, squares, sink);  // INT8 has no registers for more
   else for_each_quad(m.in, squares, reinterpret_cast<float*>(shared + m.inverse), sink);
 }
 static_assert(int4_position(6) == int4_position(4) + 1 && int4_position(5) == int4_position(4) + 4 && int4_position(7) == int4_position(4) + 5);

@@ -238,11 +238,10 @@ __device__ __forceinline__ void narrow_quads(const Input& in, const float4 (&nor
   }
 }
 
-// Of Mix::Gated, two tokens at a time
-template <bool One, class Sink>
+// Of Mix::Gated, so many tokens at a time
+template <bool One, int kAtOnce, class Sink>
 __device__ __forceinline__ void gated_quads(const Input& in, Sink sink) {
   const int tid = static_cast<int>(threadIdx.x), lane = tid % 32, warp = tid / 32, tokens = One ? 1 : in.tokens;
-  constexpr int kAtOnce = One ? 1 : 2;
 #pragma unroll 1
   for (int first = 0; first < tokens; first += kAtOnce) {
     float4 v[kAtOnce][4];
@@ -275,12 +274,12 @@ __device__ __forceinline__ void gated_quads(const Input& in, Sink sink) {
   }
 }
 
-// As for_each_quad. One: of one token, which then is no loop.
-template <bool One, class Sink>
+// As for_each_quad. One: of one token, which then is no loop. AtOnce: of several whose values are many, how many are asked for at once.
+template <bool One, int AtOnce, class Sink>
 __device__ __forceinline__ void quick_quads(const Input& in, const float4 (&norm)[4], float* squares, Sink sink) {
   const int tid = static_cast<int>(threadIdx.x), lane = tid % 32, warp = tid / 32, tokens = One ? 1 : in.tokens;
   const bool gates = in.mix == Mix::Gate;
-  if (in.mix == Mix::Gated) return gated_quads<One>(in, sink);
+  if (in.mix == Mix::Gated) return gated_quads<One, AtOnce>(in, sink);
   if (!One && in.k <= kNarrow && !gates) return narrow_quads(in, norm, squares, sink);
 #pragma unroll 1
   for (int t = 0; t < tokens; t++) {
