@@ -323,21 +323,22 @@ __global__ void __launch_bounds__(kBounds, 1) moe_down_quick_k(const __grid_cons
         copy_async16(to, from), copy_async16(to + 256, from + 256);
       }
     copy_async_commit();
-  } else
+  } else {
 #pragma unroll 1
-  for (int begin = warp; begin < a.choices * S::kChunks; begin += kBatch * a.choice_warps) {
-    float4 v[kBatch];
+    for (int begin = warp; begin < a.choices * S::kChunks; begin += kBatch * a.choice_warps) {
+      float4 v[kBatch];
 #pragma unroll
-    for (int i = 0; i < kBatch; i++) {
-      const int c = begin + i * a.choice_warps;
-      v[i] = c < a.choices * S::kChunks ? load4(a.inner + static_cast<int64_t>(c) * kActGroup + 4 * lane) : float4{};
-    }
+      for (int i = 0; i < kBatch; i++) {
+        const int c = begin + i * a.choice_warps;
+        v[i] = c < a.choices * S::kChunks ? load4(a.inner + static_cast<int64_t>(c) * kActGroup + 4 * lane) : float4{};
+      }
 #pragma unroll
-    for (int i = 0; i < kBatch; i++) {
-      const int c = begin + i * a.choice_warps;
-      if (c < a.choices * S::kChunks)
-        store_rounded<S::kType>(v[i], false,
-                                reinterpret_cast<uint16_t*>(shared + q.x) + c / S::kChunks * kQuickPitch + c % S::kChunks * kActGroup);
+      for (int i = 0; i < kBatch; i++) {
+        const int c = begin + i * a.choice_warps;
+        if (c < a.choices * S::kChunks)
+          store_rounded<S::kType>(v[i], false,
+                                  reinterpret_cast<uint16_t*>(shared + q.x) + c / S::kChunks * kQuickPitch + c % S::kChunks * kActGroup);
+      }
     }
   }
   sync();

@@ -182,8 +182,8 @@ inline Matrix make_matrix(const Tensor& w, int step, int pair) {
 // waited, so that nothing the one before has written may be read early.
 bool moe_gate_up_waits_first(const Context&, int k, int experts, int chosen);
 
-// What gate_up leaves for `down`, when that is the next operation: inner once more, as store_rounded<INT4> has it, (T*K, F), where scratch memory begins; null
-// where there is none. 128 blocks read all of it: half the bytes, and nothing to round.
+// What gate_up of plain() experts leaves for `down`, when that is the next operation: inner once more, (T*K, F), as store_rounded<INT4> has it,
+// where scratch memory begins. 128 blocks read all of it: half the bytes, and nothing to round.
 inline uint16_t* rounded_inner(const Context& c, int64_t choices, int64_t f) { return Scratch(c).take<uint16_t>(choices * f); }
 
 inline bool plain(Act act, const Experts& e) { return e.dtype == DType::INT4 && e.group == 128 && act == Act::BF16; }

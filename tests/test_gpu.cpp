@@ -211,16 +211,20 @@ TEST_CASE("CUDA: rows of steps of 1 to 8 tokens have the same bits") {
 }
 
 // The kernels that one token of the real model takes are made for its shapes; no smaller model gets there.
+static void write_two_layers(const std::string& path, int vocab, DType rest, bool mtp) {
+  qn::ModelConfig c = qn::synthetic_config("qwen3-next-80b-a3b", 2);
+  c.kinds = {0, 1}, c.vocab = vocab, c.end_tokens = {7};
+  qn::SyntheticOptions make;
+  make.convert.recipe = {DType::INT4, rest, 0}, make.convert.mtp = mtp;
+  qn::write_synthetic(c, path, make);
+}
+
 TEST_CASE("CUDA: two layers of the 80B model: rows of steps of 1 to 8 tokens have the same bits, and are near the CPU's") {
   if (no_gpu()) return;
   qn::TempDir dir;
   const std::string path = dir / "two.qn";
-  qn::ModelConfig c = qn::synthetic_config("qwen3-next-80b-a3b", 2);
-  c.kinds = {0, 1}, c.vocab = 6000, c.end_tokens = {7};
   for (const DType rest : {DType::BF16, DType::INT8}) {
-    qn::SyntheticOptions make;
-    make.convert.recipe = {DType::INT4, rest, 0}, make.convert.mtp = false;
-    qn::write_synthetic(c, path, make);
+    write_two_layers(path, 6000, rest, false);
     Engine e = Engine::open(path, options()), cpu = Engine::open(path, options("f32", "cpu"));
     const Ids tokens = some_tokens(20, 6000);
     Session one(e), reference(cpu);
@@ -254,11 +258,7 @@ TEST_CASE("CUDA: guesses among the common tokens of a large vocabulary change no
   if (no_gpu()) return;
   qn::TempDir dir;
   const std::string path = dir / "large.qn";
-  qn::ModelConfig c = qn::synthetic_config("qwen3-next-80b-a3b", 2);
-  c.kinds = {0, 1}, c.vocab = 120000, c.end_tokens = {7};
-  qn::SyntheticOptions make;
-  make.convert.recipe = {DType::INT4, DType::INT8, 0}, make.convert.mtp = true;
-  qn::write_synthetic(c, path, make);
+  write_two_layers(path, 120000, DType::INT8, true);
   Options drafts = options(), plain = options();
   drafts.draft = 3, plain.draft = 0;
   Engine with = Engine::open(path, drafts), without = Engine::open(path, plain);

@@ -104,6 +104,7 @@ class CpuDevice final : public Device {
   }
   static constexpr int64_t kLookAhead = 16384;
   void norm(const float* x, const Tensor& w, float eps, int64_t n, float* y) const;  // an empty w copies
+  // Of an expert's n units, those of a thread: always the same, so that it can read them ahead; one further with every expert, since shares differ
   Range part_of_expert(int64_t n, int thread, int32_t id) const { return share(n, (thread + id) % threads_.size(), threads_.size()); }
   struct Routed;
   void route(const MoeGateUpArgs& a, int64_t t) const;

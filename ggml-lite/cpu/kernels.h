@@ -95,7 +95,7 @@ struct Kernels {
   void (*delta_steps)(float* s, int64_t stride, int64_t dk, int64_t cols, const DeltaStep* steps, int tokens);
   void (*attend)(const Attend&);
   void (*merge)(float* into, const float* part, int width);  // one head of two results of attend, in order
-  uint64_t (*read)(const uint8_t* p, int64_t bytes);                    // touches every line once; p, bytes multiples of 256
+  uint64_t (*read)(const uint8_t* p, int64_t bytes);                    // touches every line once; bytes: a multiple of 256
   // What products of int8 codes are made of, in registers alone: `rounds` times some of them. Returns multiplications and additions; may be null.
   double (*work)(int64_t rounds);
 };
