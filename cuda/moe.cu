@@ -3,12 +3,16 @@
 //
 // Tensor cores do the sums: operand A is a panel of 16 rows of weights, the columns of operand B are tokens (gate_up) or choices
 // (down), so that an expert that several tokens chose is read once. A warp has one slab of a panel in shared memory: 8 copies of 16
-// bytes per lane, all asked for at once. One token of the usual shape has a kernel of its own, in which panels come in one piece.
+// bytes per lane, all asked for at once. gate_up of plain() experts has it as two halves: one is under way while the other is multiplied.
+// One token of the usual shape has a kernel of its own, in which panels come in one piece.
 //
 //            slab: 16 rows x      of a panel         real shape: gate_up K = 2048      down K = 512
 //   INT4     512 k (8 tiles)      + fp16 scales      4 slabs, a warp each              1
 //   INT8     256 k (8 tiles)      + fp16 scales      8                                 2
 //   BF16     128 k                                   16                                4
+//
+// Kernels that are over in microseconds wait for their instructions: what is not in a multiprocessor's caches comes from the L2 cache, where it
+// queues behind the weights. So this code is short before it is clever: no division, no branch where arithmetic will do.
 //
 // gate_up: a team of 4 warps takes a panel (8 gate and 8 up rows), slabs part, part + 4, ...; 10 experts x 64 panels are 5 teams on each of
 // 128 multiprocessors. Every block finds the top K itself.
@@ -50,6 +54,12 @@ constexpr int kMaxTeams = 8;  // in a block
 // at the shapes of the 80B model, of 5 to 8 each: a pass of 4 tokens 6 % and one of 8 tokens 2 % faster than with 8.
 constexpr int kTeamsOfFour = 5, kTeamsOfEight = 7;
 
+// What a warp of gate_up has in shared memory: kStages pieces of a slab
+template <DType W, bool Plain>
+using GateUpSlab = Slab<W, Plain, Plain ? 4 : 8>;
+template <class S>
+constexpr int kStages = S::kPlain ? 2 : 1;
+
 // Shared memory of a block; offsets in bytes
 struct GateUpLayout {
   int chunks, pitch;               // of a row of x: groups of 128, values
@@ -60,11 +70,11 @@ QN_HD constexpr int token_pairs(int tokens) { return (tokens + 1) / 2; }
 template <class S>
 GateUpLayout gate_up_layout(int tokens, int k, int experts, int chosen, int teams) {
   GateUpLayout l{};
-  const int width = static_cast<int>(round_up(k, S::kWidth));
+  const int width = static_cast<int>(round_up(k, kStages<S> * S::kWidth));
   l.chunks = width / kActGroup, l.pitch = width + S::kPad;
-  l.slabs = 0;                                                    // (teams, kTeam) Slab
+  l.slabs = 0;                                                    // (teams, kTeam, kStages) S
   // (teams, 2, kTeam, 8, pairs of tokens) float4: results of the warps, two rounds; of one token (teams, 2, kTeam, 8) float2
-  l.part = teams * kTeam * S::kBytes;
+  l.part = teams * kTeam * kStages<S> * S::kBytes;
   l.x = l.part + teams * 2 * kTeam * 8 * token_pairs(tokens) * 16;  // (T, pitch) bf16 or codes
   l.list = l.x + tokens * l.pitch * 2;                            // (T, 32) Candidate
   l.scales = l.list + tokens * 32 * static_cast<int>(sizeof(Candidate));  // (T, chunks)
@@ -74,6 +84,14 @@ GateUpLayout gate_up_layout(int tokens, int k, int experts, int chosen, int team
   l.bytes = l.used + (experts + 31) / 32 * 4;
   return l;
 }
+
+// n / by for n * by < 2^32, without the 40 instructions of a division
+struct Divider {
+  uint32_t by = 1, inverse = 0;
+  Divider() = default;
+  explicit Divider(int n) : by(static_cast<uint32_t>(n)), inverse(static_cast<uint32_t>((uint64_t{1} << 32) / by + 1)) {}
+  __device__ __forceinline__ int quotient(int n) const { return by == 1 ? n : static_cast<int>(__umulhi(static_cast<uint32_t>(n), inverse)); }
+};
 
 struct GateUp {
   const float *x, *logits;         // (T, D), (T, E)
@@ -86,44 +104,62 @@ struct GateUp {
   float *weights, *inner;          // (T, K), (T*K, F)
   uint16_t* rounded;               // (T*K, F) or null: rounded_inner()
   int panels, slabs;               // of an expert, of a panel
+  Divider panel, chunks;           // by `panels`, by at.chunks
   GateUpLayout at;
 };
 
-// Rounds x (T, K) into shared memory: warps first, first + 1, ... of the block
+// Rounds x (T, K) into shared memory, chunks of 128 by warps first, first + 1, ... of the block in turn. The last ones of each warp are only
+// loaded at once, and stored when weights have been asked for: what is asked for behind those comes behind them.
 template <class S>
-__device__ __forceinline__ void round_tokens(const GateUp& a, uint8_t* shared, int first) {
-  constexpr int kBatch = 4;  // loads of a lane at once
-  const int chunks = a.tokens * a.at.chunks, step = static_cast<int>(blockDim.x) / 32 - first;
-  for (int begin = warp_id() - first; begin < chunks; begin += kBatch * step) {
-    float4 v[kBatch];
+struct RoundedTokens {
+  static constexpr int kBatch = 4;
+  float4 v[kBatch];
+  int begin;  // the chunk of v[0]
+
+  __device__ __forceinline__ void load(const GateUp& a, uint8_t* shared, int first) {
+    const int step = static_cast<int>(blockDim.x) / 32 - first;
+    begin = warp_id() - first;
+    if (begin < 0) begin = a.tokens * a.at.chunks;
+#pragma unroll 1
+    for (;; begin += kBatch * step) {
 #pragma unroll
-    for (int i = 0; i < kBatch; i++) {
-      const int c = begin + i * step, t = c / a.at.chunks, k = c % a.at.chunks * kActGroup + 4 * lane_id();
-      v[i] = c < chunks && k < a.w.k ? load4(a.x + static_cast<int64_t>(t) * a.w.k + k) : float4{};
+      for (int i = 0; i < kBatch; i++) {
+        const int c = begin + i * step, t = a.chunks.quotient(c), k = (c - t * a.at.chunks) * kActGroup + 4 * lane_id();
+        v[i] = t < a.tokens && k < a.w.k ? load4(a.x + t * a.w.k + k) : float4{};
+      }
+      if (begin + kBatch * step >= a.tokens * a.at.chunks) return;
+      store(a, shared, first);
     }
+  }
+  __device__ __forceinline__ void store(const GateUp& a, uint8_t* shared, int first) const {
+    const int step = static_cast<int>(blockDim.x) / 32 - first;
 #pragma unroll
     for (int i = 0; i < kBatch; i++) {
-      const int c = begin + i * step, t = c / a.at.chunks;
-      if (c >= chunks) break;
-      uint16_t* to = reinterpret_cast<uint16_t*>(shared + a.at.x) + t * a.at.pitch + c % a.at.chunks * kActGroup;
+      const int c = begin + i * step, t = a.chunks.quotient(c);
+      if (t >= a.tokens) break;
+      uint16_t* to = reinterpret_cast<uint16_t*>(shared + a.at.x) + t * a.at.pitch + (c - t * a.at.chunks) * kActGroup;
       const float scale = store_rounded<S::kType>(v[i], !S::kPlain && a.int8, to);
       if (!S::kPlain && lane_id() == 0) reinterpret_cast<float*>(shared + a.at.scales)[c] = scale;
     }
   }
-}
+};
 
 // The experts whose bit is set, ascending; returns how many. By all threads; the list may be read after the next barrier.
 __device__ __forceinline__ int list_experts(const uint32_t* used, int experts, int32_t* list) {
-  for (int e = static_cast<int>(threadIdx.x); e < experts; e += static_cast<int>(blockDim.x)) {
-    if (!(used[e / 32] >> (e % 32) & 1)) continue;
-    int at = __popc(used[e / 32] & ((1u << (e % 32)) - 1));
-#pragma unroll 4
-    for (int i = 0; i < e / 32; i++) at += __popc(used[i]);
-    list[at] = e;
-  }
+  const int lane = lane_id(), words = (experts + 31) / 32, warps = static_cast<int>(blockDim.x) / 32;
   int n = 0;
-#pragma unroll 4
-  for (int i = 0; i < (experts + 31) / 32; i++) n += __popc(used[i]);
+#pragma unroll 1
+  for (int begin = 0; begin < words; begin += 32) {  // a word for a lane
+    const uint32_t bits = begin + lane < words ? used[begin + lane] : 0;
+    const int set = __popc(bits);
+#pragma unroll 1
+    for (int w = warp_id(); w < min(words - begin, 32); w += warps) {  // a word for a warp, a bit for a lane
+      const int before = __reduce_add_sync(kAll, lane < w ? set : 0);
+      const uint32_t mine = __shfl_sync(kAll, bits, w);
+      if (mine >> lane & 1) list[n + before + __popc(mine & ((1u << lane) - 1))] = (begin + w) * 32 + lane;
+    }
+    n += __reduce_add_sync(kAll, set);
+  }
   return n;
 }
 
@@ -150,7 +186,8 @@ __device__ __forceinline__ void finish_panel(const GateUp& a, const float4* part
 
 template <DType W, bool Plain>
 __global__ void __launch_bounds__(kMaxTeams * kTeam * 32, 1) moe_gate_up_few_k(const GateUp a) {
-  using S = Slab<W, Plain>;
+  using S = GateUpSlab<W, Plain>;
+  constexpr int kRooms = kStages<S>;
   extern __shared__ __align__(16) uint8_t shared[];
   const int lane = lane_id(), warp = warp_id(), warps = static_cast<int>(blockDim.x) / 32, team = warp / kTeam, part = warp % kTeam;
   int32_t* ids = reinterpret_cast<int32_t*>(shared + a.at.ids);
@@ -164,16 +201,17 @@ __global__ void __launch_bounds__(kMaxTeams * kTeam * 32, 1) moe_gate_up_few_k(c
   }
   wait_for_previous();
 
+  const int rounding = warps > a.tokens ? a.tokens : 0;  // the first warp that has time for x
+  RoundedTokens<S> rounded;
+  rounded.load(a, shared, rounding);
 #pragma unroll 1
   for (int t = warp; t < a.tokens; t += warps) {
-    top(Logits{a.logits + static_cast<int64_t>(t) * a.experts}, a.experts, a.chosen, ids + t * a.chosen,
-        reinterpret_cast<Candidate*>(shared + a.at.list) + t * 32);
+    top(Logits{a.logits + t * a.experts}, a.experts, a.chosen, ids + t * a.chosen, reinterpret_cast<Candidate*>(shared + a.at.list) + t * 32);
     if (lists)
+#pragma unroll 1
       for (int j = lane; j < a.chosen; j += 32)
         if (const int e = ids[t * a.chosen + j]; !a.where || a.where[e]) atomicOr(&used[e / 32], 1u << (e % 32));
   }
-  const int rounding = warps > a.tokens ? a.tokens : 0;  // the first warp that has time for x
-  if (warp >= rounding) round_tokens<S>(a, shared, rounding);
   __syncthreads();
   const int32_t* todo = ids;
   int units = a.chosen * a.panels;
@@ -183,19 +221,33 @@ __global__ void __launch_bounds__(kMaxTeams * kTeam * 32, 1) moe_gate_up_few_k(c
     __syncthreads();
   }
 
-  uint8_t* slab = shared + a.at.slabs + warp * S::kBytes;
-  auto copy = [&](int u, int s) {
-    const int e = todo[u / a.panels];
-    S::copy(a.w, a.where ? a.where[e] : a.w.data + e * a.stride, u % a.panels, s, slab);
+  uint8_t* rooms = shared + a.at.slabs + warp * kRooms * S::kBytes;
+  // The warp's slabs of a panel, in kRooms pieces each: the one behind s
+  const int first = part * kRooms;
+  auto behind = [](int s) { return (s + 1) % kRooms == 0 ? s + 1 + (kTeam - 1) * kRooms : s + 1; };
+  int ahead = unit, ahead_s = first;  // what is to be asked for next
+  if (first >= a.slabs) ahead = units;
+  auto ask = [&] {
+    if (ahead < units) {
+      const int i = a.panel.quotient(ahead), e = todo[i];
+      S::copy(a.w, a.where ? a.where[e] : a.w.data + e * a.stride, ahead - i * a.panels, ahead_s, rooms + ahead_s % kRooms * S::kBytes);
+      ahead_s = behind(ahead_s);
+      if (ahead_s >= a.slabs) ahead += stride, ahead_s = first;
+    } else {
+      copy_async_commit();  // wait() counts
+    }
+    if (ahead >= units) let_next_start();  // the team's last panel is on its way: before, the next kernel's weights would come in the way
   };
-  if (unit < units && part < a.slabs) copy(unit, part);
-  if (unit + stride >= units) let_next_start();  // a team asks for its last panel: before, the next one's weights would come in the way
+#pragma unroll
+  for (int i = 0; i < kRooms; i++) ask();
+  rounded.store(a, shared, rounding);
   if (blockIdx.x == 0)
 #pragma unroll 1
     for (int t = warp; t < a.tokens; t += warps)
       store_choice(a.logits + static_cast<int64_t>(t) * a.experts, a.experts, a.chosen, a.renormalise, ids + t * a.chosen, a.ids + t * a.chosen,
                    a.weights + t * a.chosen);
 
+  __syncthreads();  // x is there
   const int column = lane / 4 < a.tokens ? lane / 4 : 0;  // columns without a token repeat the first and are not stored
   const uint16_t* x = reinterpret_cast<const uint16_t*>(shared + a.at.x) + column * a.at.pitch + lane % 4 * S::kCell;
   const float* s0 = reinterpret_cast<const float*>(shared + a.at.scales) + min(lane % 4 * 2, a.tokens - 1) * a.at.chunks;
@@ -203,22 +255,23 @@ __global__ void __launch_bounds__(kMaxTeams * kTeam * 32, 1) moe_gate_up_few_k(c
   const int pairs = token_pairs(a.tokens);
   float4* results = reinterpret_cast<float4*>(shared + a.at.part) + team * 2 * kTeam * 8 * pairs;
 #pragma unroll 1
-  for (int round = 0; unit < units; unit += stride, round ^= 1) {
+  for (int round = 0; unit < units; unit += stride, round++) {
     float total[4] = {};
 #pragma unroll 1
-    for (int s = part; s < a.slabs; s += kTeam) {
-      S::wait();
+    for (int s = first; s < a.slabs; s = behind(s)) {
+      S::template wait<kRooms - 1>();
+      const uint8_t* slab = rooms + s % kRooms * S::kBytes;
       S::multiply(slab, slab + S::kScalesAt, x + s * S::kWidth, s0 + s * S::kChunks, s1 + s * S::kChunks, a.w.shift, total);
-      __syncwarp();  // the slab has been read by all lanes
-      const bool more = s + kTeam < a.slabs;
-      const int next = more ? unit : unit + stride;
-      if (next < units) copy(next, more ? s + kTeam : part);  // on its way while the team adds up
-      if (next + stride >= units) let_next_start();
+      __syncwarp();  // the piece has been read by all lanes
+      ask();         // on its way while the team adds up
     }
-    float4* mine = results + round * kTeam * 8 * pairs;
+    float4* mine = results + round % 2 * kTeam * 8 * pairs;
     if (lane % 4 < pairs) mine[(part * 8 + lane / 4) * pairs + lane % 4] = make_float4(total[0], total[1], total[2], total[3]);
     asm volatile("bar.sync %0, %1;" ::"r"(team + 1), "n"(kTeam * 32) : "memory");  // the team's; two rounds of results need but one
-    if (part == 0) finish_panel(a, mine, ids, todo[unit / a.panels], unit % a.panels);
+    if (part == (team + round) % kTeam) {
+      const int i = a.panel.quotient(unit);
+      finish_panel(a, mine, ids, todo[i], unit - i * a.panels);
+    }
   }
 }
 
@@ -238,6 +291,7 @@ __global__ void __launch_bounds__(kMaxTeams * kTeam * 32, 1) moe_gate_up_one_k(c
   const int team = warp / kTeam, part = warp % kTeam;
   const bool leads = part == team % kTeam;  // asks for the team's panels; that of the next team runs on another scheduler
   if (tid == 0) candidates = 0;
+  if (tid < 32) list[tid] = 0;
   if (tid < teams) init_barrier(full + tid, kFillArrivals), publish_barriers();
   if (tid < 3) prefetch_l2(tid == 0 ? a.logits : tid == 1 ? a.x : a.inner);
   wait_for_previous();
@@ -260,7 +314,7 @@ __global__ void __launch_bounds__(kMaxTeams * kTeam * 32, 1) moe_gate_up_one_k(c
   const uint32_t least = __reduce_min_sync(kAll, above < a.chosen ? mine : ~0u);
   if (key >= least && tid < a.experts) {
     const int at = atomicAdd(&candidates, 1);
-    if (at < 32) list[at] = {key, tid};
+    if (at < 32) list[at] = candidate(logit, tid);
   }
   __syncthreads();
   const int n = candidates;
@@ -271,16 +325,14 @@ __global__ void __launch_bounds__(kMaxTeams * kTeam * 32, 1) moe_gate_up_one_k(c
     if (lane < a.chosen) expert = ids[lane], place = lane;
   } else if (leads) {
     const Candidate c = list[lane];
-    int before = 0;
-#pragma unroll 4
-    for (int i = 0; i < n; i++) before += list[i].key > c.key || (list[i].key == c.key && list[i].expert < c.expert);
-    if (lane < n) expert = c.expert, place = before;
+    const int before = place_of(c, list, n);
+    if (lane < n) expert = expert_of(c), place = before;
   }
 
   const int units = a.chosen * a.panels, stride = static_cast<int>(gridDim.x) * teams;
   uint8_t* panel = shared + a.at.slabs + team * kTeam * S::kBytes;
   auto copy = [&](int unit) {  // by the warp that leads
-    const int j = unit / a.panels, e = __shfl_sync(kAll, expert, __ffs(static_cast<int>(__ballot_sync(kAll, place == j))) - 1);
+    const int j = a.panel.quotient(unit), e = __shfl_sync(kAll, expert, __ffs(static_cast<int>(__ballot_sync(kAll, place == j))) - 1);
     const uint8_t* from = a.w.data + e * a.stride + static_cast<int64_t>(unit - j * a.panels) * a.w.panel_bytes;
     fill(full + team, 1, [&](int) { return Piece{panel, from, static_cast<uint32_t>(a.w.panel_bytes)}; });
   };
@@ -298,7 +350,7 @@ __global__ void __launch_bounds__(kMaxTeams * kTeam * 32, 1) moe_gate_up_one_k(c
   for (int round = 0; unit < units; unit += stride, round ^= 1) {
     float total[4] = {};
     wait_barrier(full + team, round);
-    if (part < a.slabs)
+    if (part * S::kChunks < a.at.chunks)
       S::multiply(panel + a.w.scale_bytes + part * S::kScalesAt, panel + part * S::kScales, x, nullptr, nullptr, a.w.shift, total);
     float2* sums = results + round * kTeam * 8;  // (parts, rows)
     if (lane % 4 == 0) sums[part * 8 + lane / 4] = make_float2(total[0], total[2]);
@@ -308,8 +360,8 @@ __global__ void __launch_bounds__(kMaxTeams * kTeam * 32, 1) moe_gate_up_one_k(c
       float2 sum = sums[lane];
 #pragma unroll
       for (int i = 1; i < kTeam; i++) sum.x += sums[i * 8 + lane].x, sum.y += sums[i * 8 + lane].y;
-      const int64_t row = static_cast<int64_t>(unit / a.panels) * a.f;
-      const int k = unit % a.panels * 8 + lane;
+      const int i = a.panel.quotient(unit), k = (unit - i * a.panels) * 8 + lane;
+      const int64_t row = static_cast<int64_t>(i) * a.f;
       const float inner = silu(sum.x) * sum.y;
       a.inner[row + k] = inner;
       if (a.rounded) a.rounded[row + rounded_at(k)] = bf16_bits(inner);
@@ -326,7 +378,7 @@ bool fits(const Context& c, int k, int experts, int chosen) {  // whatever T is
 
 template <DType W, bool Plain>
 void launch_gate_up(const Context& c, const MoeGateUpArgs& args, GateUp a) {
-  using S = Slab<W, Plain>;
+  using S = GateUpSlab<W, Plain>;
   if (!fits<S>(c, a.w.k, a.experts, a.chosen)) {
     moe_exact_gate_up(c, args);
     return;
@@ -338,10 +390,10 @@ void launch_gate_up(const Context& c, const MoeGateUpArgs& args, GateUp a) {
   const int64_t rounds = (units + sms * most - 1) / (sms * most), teams = (units + sms * rounds - 1) / (sms * rounds);
   const int64_t blocks = std::min(sms, (units + teams - 1) / teams);
   a.at = gate_up_layout<S>(a.tokens, a.w.k, a.experts, a.chosen, count(teams));
-  a.panels = a.f / 8, a.slabs = a.at.chunks / S::kChunks;
+  a.panels = a.f / 8, a.slabs = a.at.chunks / S::kChunks, a.panel = Divider(a.panels), a.chunks = Divider(a.at.chunks);
   if constexpr (Plain) {
-    if (a.tokens == 1 && !a.where && a.w.k % S::kWidth == 0 && a.slabs <= kTeam && a.experts <= kQuickExperts && a.chosen <= kQuickWarps &&
-        teams * kTeam >= kQuickWarps) {
+    if (a.tokens == 1 && !a.where && a.w.k % Slab<W, Plain>::kWidth == 0 && a.slabs <= kTeam * kStages<S> && a.experts <= kQuickExperts &&
+        a.chosen <= kQuickWarps && teams * kTeam >= kQuickWarps) {
       launch(c, "moe_gate_up", moe_gate_up_one_k, dim3(static_cast<unsigned>(blocks)), dim3(static_cast<unsigned>(teams * kTeam * 32)),
              static_cast<size_t>(a.at.bytes), a);
       return;
@@ -354,7 +406,7 @@ void launch_gate_up(const Context& c, const MoeGateUpArgs& args, GateUp a) {
 }  // namespace
 
 bool moe_gate_up_waits_first(const Context& c, int k, int experts, int chosen) {
-  return fits<Slab<DType::INT4, true>>(c, k, experts, chosen);
+  return fits<GateUpSlab<DType::INT4, true>>(c, k, experts, chosen);
 }
 
 void moe_route(const Context& c, const MoeGateUpArgs& args) {

@@ -154,8 +154,8 @@ __device__ __forceinline__ void down_choices(const Down& a, int panel, const Sta
 }
 
 // results (T, slabs, 16): shared_scale * (panel of the shared expert times the slab's part of `shared`). Waits for the kernel before
-// when it has asked for as many slabs as there is room for.
-template <class S>
+// when it has asked for as many slabs as there is room for. Rounded: activations to BF16, which is known when this is compiled.
+template <class S, bool Rounded>
 __device__ __forceinline__ void down_shared(const Down& a, int warp, int panel, const Stage& stage, float* results) {
   auto copy = [&](int s, int room) {
     if (s < a.shared_slabs) S::copy(a.shared_w, a.shared_w.data, panel, s, stage.slab(room));
@@ -178,7 +178,7 @@ __device__ __forceinline__ void down_shared(const Down& a, int warp, int panel, 
             rows[i].load(a.shared + static_cast<int64_t>(c) * a.shared_w.k + s * S::kWidth, a.shared_w.k - s * S::kWidth, a.shared_scale + c);
 #pragma unroll
         for (int i = 0; i < kAtOnce; i++)
-          if (first + i < columns) rows[i].store(a.shared_int8, stage, first + i, (t + first + i) * a.shared_slabs + s);
+          if (first + i < columns) rows[i].store(!Rounded && a.shared_int8, stage, first + i, (t + first + i) * a.shared_slabs + s);
       }
       S::wait();
       multiply_columns<S>(stage, stage.slab(room), columns, a.shared_w.shift, results);
@@ -195,9 +195,9 @@ __device__ __forceinline__ void add_up(const Down& a, int panel, const float* ch
   __syncthreads();
   if (t >= a.tokens) return;
   float sum = 0;
-#pragma unroll 2
+#pragma unroll 5
   for (int i = 0; i < a.chosen * a.slabs; i++) sum += choices[(t * a.chosen * a.slabs + i) * kPanelRows + r];
-#pragma unroll 2
+#pragma unroll 4
   for (int i = 0; i < a.shared_slabs; i++) sum += others[(t * a.shared_slabs + i) * kPanelRows + r];
   a.h[static_cast<int64_t>(t) * a.d + panel * kPanelRows + r] = *h + sum;
 }
@@ -225,7 +225,7 @@ __global__ void __launch_bounds__((kMaxChoiceWarps + kMaxSharedWarps) * 32, 1) m
     ask_for_h(a, panel, h);
     down_choices<Slab<W, false>>(a, panel, {shared + warp * choice_stage(a.columns), 1}, choices);
   } else {
-    down_shared<Slab<Shared, false>>(a, extra, panel, {shared + a.shared_stages + extra * shared_stage(a.columns), kSharedSlabs}, others);
+    down_shared<Slab<Shared, false>, false>(a, extra, panel, {shared + a.shared_stages + extra * shared_stage(a.columns), kSharedSlabs}, others);
   }
   let_next_start();  // a warp may have had nothing to ask for
   add_up(a, panel, choices, others, h);
@@ -261,7 +261,7 @@ __global__ void __launch_bounds__(kBounds, 1) moe_down_quick_k(const __grid_cons
   float* h = reinterpret_cast<float*>(shared + a.h_at) + tid;
   if (warp >= a.choice_warps) {
     const int extra = warp - a.choice_warps;
-    down_shared<Slab<Shared, false>>(a, extra, panel, {shared + a.shared_stages + extra * shared_stage(a.columns), kSharedSlabs}, others);
+    down_shared<Slab<Shared, false>, true>(a, extra, panel, {shared + a.shared_stages + extra * shared_stage(a.columns), kSharedSlabs}, others);
     add_up(a, panel, choices, others, h);
     return;
   }
@@ -287,7 +287,7 @@ __global__ void __launch_bounds__(kBounds, 1) moe_down_quick_k(const __grid_cons
     const int e = ids[tid];
     int before = 0;
 #pragma unroll 4
-    for (int c = 0; c < a.choices; c++) before += ids[c] < e || (ids[c] == e && c < tid);
+    for (int c = 0; c < a.choices; c++) before += ids[c] < e + (c < tid);
     order[before] = e << 16 | tid;
   }
   sync();
@@ -303,17 +303,16 @@ __global__ void __launch_bounds__(kBounds, 1) moe_down_quick_k(const __grid_cons
       return Piece{shared + slot * bytes, down + static_cast<int64_t>(panel) * bytes, down ? static_cast<uint32_t>(bytes) : 0};
     });
   };
-  int ahead = next(warp);
+  const int begin = next(warp);
+  int ahead = begin;
 #pragma unroll 1
   for (int room = 0; room < q.at_once && ahead < a.choices; room++) ask(ahead, room), ahead = next(ahead + a.choice_warps);
   if (ahead >= a.choices) let_next_start();  // whose weights would have come in the way of ours
   if (early) wait_for_previous();
-  ask_for_h(a, panel, h);
-  if (tid < a.choices) weights[tid] = a.weights[tid];
   constexpr int kBatch = 8;  // loads of a lane at once
   if (q.rounded) {  // a warp fetches the rows that it multiplies with
 #pragma unroll 1
-    for (int i = next(warp); i < a.choices; i = next(i + a.choice_warps))
+    for (int i = begin; i < a.choices; i = next(i + a.choice_warps))
 #pragma unroll 1
       for (int same = i; same < a.choices && expert(same) == expert(i); same++) {
         const int c = order[same] & 0xffff;
@@ -322,35 +321,34 @@ __global__ void __launch_bounds__(kBounds, 1) moe_down_quick_k(const __grid_cons
         static_assert(S::kWidth == 2 * 256);
         copy_async16(to, from), copy_async16(to + 256, from + 256);
       }
-    copy_async_commit();
   } else {
 #pragma unroll 1
-    for (int begin = warp; begin < a.choices * S::kChunks; begin += kBatch * a.choice_warps) {
+    for (int base = warp; base < a.choices * S::kChunks; base += kBatch * a.choice_warps) {
       float4 v[kBatch];
 #pragma unroll
       for (int i = 0; i < kBatch; i++) {
-        const int c = begin + i * a.choice_warps;
+        const int c = base + i * a.choice_warps;
         v[i] = c < a.choices * S::kChunks ? load4(a.inner + static_cast<int64_t>(c) * kActGroup + 4 * lane) : float4{};
       }
 #pragma unroll
       for (int i = 0; i < kBatch; i++) {
-        const int c = begin + i * a.choice_warps;
+        const int c = base + i * a.choice_warps;
         if (c < a.choices * S::kChunks)
           store_rounded<S::kType>(v[i], false,
                                   reinterpret_cast<uint16_t*>(shared + q.x) + c / S::kChunks * kQuickPitch + c % S::kChunks * kActGroup);
       }
     }
   }
-  sync();
+  if (tid < a.choices) copy_async4(weights + tid, a.weights + tid);  // not by a register, which the warp would wait for before it asks for more
+  ask_for_h(a, panel, h);
   copy_async_wait<0>();
-  __syncwarp();
+  sync();
   const int g = lane / 4, t = lane % 4;
 #pragma unroll 1
-  for (int i = next(warp), room = 0, phase = 0; i < a.choices; i = next(i + a.choice_warps)) {
+  for (int i = begin, room = 0, phase = 0; i < a.choices; i = next(i + a.choice_warps)) {
     const int e = expert(i);
     const bool here = a.panel_of(e);
     const uint8_t* slab = shared + (warp * q.at_once + room) * a.w.panel_bytes;
-    wait_barrier(full + warp * q.at_once + room, phase);
 #pragma unroll 1
     for (int first = i; first < a.choices && expert(first) == e; first += 8) {
       auto choice = [&](int column) {  // -1: there is none
@@ -360,6 +358,7 @@ __global__ void __launch_bounds__(kBounds, 1) moe_down_quick_k(const __grid_cons
       const int mine = choice(g), even = choice(2 * t), odd = choice(2 * t + 1);
       float total[4] = {};
       const uint16_t* x = reinterpret_cast<const uint16_t*>(shared + q.x) + max(mine, 0) * kQuickPitch + t * S::kCell;
+      wait_barrier(full + warp * q.at_once + room, phase);
       if (here) S::multiply(slab + a.w.scale_bytes, slab, x, nullptr, nullptr, a.w.shift, total);
       if (even >= 0) choices[even * kPanelRows + g] = weights[even] * total[0], choices[even * kPanelRows + g + 8] = weights[even] * total[2];
       if (odd >= 0) choices[odd * kPanelRows + g] = weights[odd] * total[1], choices[odd * kPanelRows + g + 8] = weights[odd] * total[3];
@@ -434,7 +433,7 @@ void moe_few_down(const Context& c, const MoeDownArgs& args) {
     launch(c, "moe_down", kernel, dim3(static_cast<unsigned>(a.d / kPanelRows)), dim3(static_cast<unsigned>((a.choice_warps + a.shared_warps) * 32)),
            static_cast<size_t>(shared_bytes), what);
   };
-  if (plain(args.act, args.experts) && f == QuickSlab::kWidth && a.chosen <= kMaxChoices / kFewTokens && args.experts.count < 1 << 15) {
+  if (plain(args.act, args.experts) && args.shared_act == Act::BF16 && f == QuickSlab::kWidth && a.chosen <= kMaxChoices / kFewTokens && args.experts.count < 1 << 15) {
     // Up to 4 tokens: what has room beside gate_up (measured: of 8 to 16 warps with 1 or 2 slabs)
     const bool behind = args.logits && moe_gate_up_waits_first(c, a.d, args.experts.count, a.chosen), early = behind && !a.where;  // gate_up
     QuickDown q{a, early ? args.logits.f32() : nullptr, behind ? rounded_inner(c, a.choices, f) : nullptr, args.experts.count, a.tokens > 4 ? 2 : 1, 0, 0, 0, 0, 0};

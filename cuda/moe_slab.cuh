@@ -53,13 +53,14 @@ __device__ __forceinline__ int rounded_at(int k) { return (k & ~15) + int4_posit
 __device__ __forceinline__ uint16_t bf16_bits(float v) { return static_cast<uint16_t>(pack_bf16(v, 0.f)); }
 
 // 16 rows x kWidth columns of a matrix, in shared memory of one warp; with copy() each lane copies its fragments itself. What lies beyond K is
-// zero, and so must be x there. Plain: groups of 128 and activations without scales, the case that is made to be fast.
-template <DType W, bool Plain>
+// zero, and so must be x there. Plain: groups of 128 and activations without scales, the case that is made to be fast. Loads: of 16 bytes, by
+// each lane.
+template <DType W, bool Plain, int Loads = 8>
 struct Slab {
   static constexpr DType kType = W;
   static constexpr bool kPlain = Plain;
   static constexpr int kBlock = W == DType::INT4 ? 64 : 32;      // k of a block (cuda/unpack.cuh)
-  static constexpr int kLoads = 8, kBlocks = W == DType::BF16 ? kLoads / 2 : kLoads;
+  static constexpr int kLoads = Loads, kBlocks = W == DType::BF16 ? kLoads / 2 : kLoads;
   static constexpr int kWidth = kBlock * kBlocks;
   static constexpr int kChunks = kWidth / kActGroup;             // activation scales
   static constexpr int kCell = kBlock / 4;
@@ -93,9 +94,10 @@ struct Slab {
     }
     copy_async_commit();
   }
-  // What has been asked for is there, for the whole warp
+  // What has been asked for is there, for the whole warp; Left: but for the last so many slabs
+  template <int Left = 0>
   __device__ __forceinline__ static void wait() {
-    copy_async_wait<0>();
+    copy_async_wait<Left>();
     __syncwarp();
   }
 
