@@ -77,7 +77,7 @@ struct Matvec {
 // Where things lie in shared memory. The sizes grow with T; `bytes` is their end.
 void lay_out(Matvec& m, DType w, Act act, int tokens, int slots, bool bulk) {
   const int groups = (m.in.k + 127) / 128;
-  const bool exact = m.exact[0].w || m.exact[1].w;
+  const bool exact = m.exact[0].w || m.exact[1].w || m.normed;
   int64_t at = 0;
   auto take = [&](int64_t bytes) {
     const int64_t begin = at;
@@ -91,7 +91,7 @@ void lay_out(Matvec& m, DType w, Act act, int tokens, int slots, bool bulk) {
   m.x_sum = take(as_half(w, act) ? int64_t{tokens} * groups * 16 : 0);
   m.x_exact = take(exact ? int64_t{tokens} * m.in.k * 4 : 0);
   m.partial = take(int64_t{2} * kWarps * tokens * kPanelRows * 4);
-  m.squares = take(std::max<int64_t>(int64_t{tokens} * m.in.spans * m.in.pieces, 16 * kNarrowTokens) * 4);
+  m.squares = take(std::max<int64_t>({int64_t{tokens} * m.in.spans * m.in.pieces, 16 * kNormsAtOnce, int64_t{tokens} * groups}) * 4);
   m.inverse = take(int64_t{tokens} * m.in.spans * 4);
   m.bytes = static_cast<int>(std::min<int64_t>(at, 1 << 30));
   m.in.tokens = tokens, m.slots = slots;
@@ -272,19 +272,17 @@ __device__ __forceinline__ void multiply(float (&total)[4], const uint8_t* unit,
   }
 }
 
-// x of all tokens into shared memory: rounded, in the order of the fragments; with exact rows unrounded too.
+// x of all tokens into shared memory: rounded, in the order of the fragments; with exact rows, or when x is asked for, unrounded too. (Blocks that need but one of the
+// two could leave out the other: measured, and a pass of 1 token was 1 % slower.)
 template <DType W, Act A, bool Quick, bool One>
-__device__ __forceinline__ void prologue(const Matvec& m, const float4 (&norm)[4], uint8_t* shared) {
+__device__ __forceinline__ void prologue(const Matvec& m, const float4 (&norm)[kNormQuads], uint8_t* shared) {
   uint16_t* x = reinterpret_cast<uint16_t*>(shared + m.x);                 // (T, x_stride)
   float* x_scale = reinterpret_cast<float*>(shared + m.x_scale);           // (T, groups of 128)
   float* x_exact = reinterpret_cast<float*>(shared + m.x_exact);           // (T, K)
   const int k_all = m.in.k, stride = x_stride(W, k_all), groups = (k_all + 127) / 128;
-  const bool exact = m.exact[0].w.data || m.exact[1].w.data, report = m.normed && blockIdx.x == gridDim.x - 1;
+  const bool exact = m.exact[0].w.data || m.exact[1].w.data || m.normed;
   auto sink = [&](int t, int k, float4 v) {
-    if (k < k_all) {
-      if (exact) *reinterpret_cast<float4*>(x_exact + t * k_all + k) = v;
-      if (report) *reinterpret_cast<float4*>(m.normed + static_cast<int64_t>(t) * k_all + k) = v;
-    }
+    if (exact && k < k_all) *reinterpret_cast<float4*>(x_exact + t * k_all + k) = v;
     if (A == Act::INT8) {
       const float scale = int8_codes(v);
       if (threadIdx.x % 32 == 0) x_scale[t * groups + k / 128] = scale;
@@ -315,7 +313,7 @@ __device__ __forceinline__ void prologue(const Matvec& m, const float4 (&norm)[4
     }
   };
   float* squares = reinterpret_cast<float*>(shared + m.squares);
-  if constexpr (Quick) quick_quads<One, One || W == DType::INT8 ? 1 : 2>(m.in, norm, squares, sink);  // INT8 has no registers for more
+  if constexpr (Quick) quick_quads<One, One || W != DType::INT8>(m.in, norm, squares, sink);  // INT8: much code and few registers
   else for_each_quad(m.in, squares, reinterpret_cast<float*>(shared + m.inverse), sink);
 }
 static_assert(int4_position(6) == int4_position(4) + 1 && int4_position(5) == int4_position(4) + 4 && int4_position(7) == int4_position(4) + 5);
@@ -384,14 +382,9 @@ __global__ void __launch_bounds__(kThreads, 2) matvec_k(const __grid_constant__ 
     wait_for_previous();
     return;
   }
-  float4 norm[4] = {};
+  float4 norm[kNormQuads] = {};
   if constexpr (Quick) load_norms(m.in, norm);
   else prefetch_norms(m.in);
-  if (threadIdx.x < 3) prefetch_l2(threadIdx.x == 0 || (threadIdx.x == 1 && !m.in.b) ? m.in.a : threadIdx.x == 1 ? m.in.b : m.y);
-  wait_for_previous();
-  prologue<W, A, Quick, One>(m, norm, shared);
-  sync_matvec();
-
   const int tid = static_cast<int>(threadIdx.x), lane = tid % 32, g = lane / 4, t = lane % 4, tokens = One ? 1 : m.in.tokens;
   const int k_all = m.in.k, groups = (k_all + 127) / 128, size = tokens * kPanelRows;
   const uint16_t* x = reinterpret_cast<const uint16_t*>(shared + m.x) + g * x_stride(W, k_all) + (W == DType::INT4 ? 16 : 8) * t;
@@ -399,6 +392,14 @@ __global__ void __launch_bounds__(kThreads, 2) matvec_k(const __grid_constant__ 
   float* partial = reinterpret_cast<float*>(shared + m.partial);  // (2, warps, T, 16): while one half is summed the other is written
   const bool swiglu = m.store == Store::SwiGLU;
   const int per_token = swiglu ? kPanelRows / 2 : kPanelRows, row = tid % per_token, out = tid / per_token;  // of the thread: row and token
+  if (threadIdx.x < 3) prefetch_l2(threadIdx.x == 0 || (threadIdx.x == 1 && !m.in.b) ? m.in.a : threadIdx.x == 1 ? m.in.b : m.y);
+  wait_for_previous();
+  prologue<W, A, Quick, One>(m, norm, shared);
+  sync_matvec();
+  if (m.normed && blockIdx.x == gridDim.x - 1)
+#pragma unroll 1
+    for (int i = 4 * tid; i < tokens * k_all; i += 4 * kConsumers)
+      *reinterpret_cast<float4*>(m.normed + i) = load4(reinterpret_cast<const float*>(shared + m.x_exact) + i);
 
   Place at;
   int task = static_cast<int>(blockIdx.x), half = kWarps * size;
@@ -504,7 +505,7 @@ void launch_matvec(const Context& c, const char* what, const Matvec& m, Act act,
 bool matvec_fast(const Context& c, const char* what, const Product& p) {
   const DType w = p.w.dtype;
   Matvec m;
-  m.in = p.in, m.in.quick = quick_shape(p.in);
+  m.in = p.in, m.in.quick = quick_shape(p.in), m.in.inverse_k = 1.f / static_cast<float>(p.in.k);
   m.w = p.w.bytes(), m.rows = static_cast<int>(p.w.rows());
   m.stride = p.w.row_stride * 2;
   if (is_t16(w)) {

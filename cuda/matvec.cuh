@@ -21,7 +21,7 @@ struct Input {
   const float *a = nullptr, *b = nullptr;   // (T, K), of Concat (T, K/2); rows lda and ldb apart
   int64_t lda = 0, ldb = 0;
   const float *w = nullptr, *w2 = nullptr;  // (span)
-  float eps = 0;
+  float eps = 0, inverse_k = 1;             // 1 / K, of quick_shape()
   int span = 0, spans = 0;                  // a token has `spans` norms, each over `span` values
   int pieces = 0;                           // of a span: 128 values, the last one maybe fewer
   bool quick = false;                       // quick_shape()
@@ -173,141 +173,144 @@ __device__ __forceinline__ void for_each_quad(const Input& in, float* squares, f
   } while (t < in.tokens);
 }
 
-// The usual shapes, by 256 threads: K a multiple of 128 up to 4096, a norm over all of K or one of heads that delta_net has prepared. Thread i holds values
-// 1024 c + 4 i .. + 3, so that a warp has whole groups of 128, and everything is asked for at once. Straight code: a kernel that is over
-// in microseconds also waits for its instructions.
+// The usual shapes, by 256 threads: K a multiple of 128, up to 2048 with a norm over all of it or none, up to 4096 of what the operation before has
+// gated. Thread i holds values 1024 c + 4 i .. + 3, so that a warp has whole groups of 128, and everything is asked for at once. Straight
+// code, and little of it: a kernel that is over in microseconds also waits for its instructions.
 inline bool quick_shape(const Input& in) {
-  return in.k % 128 == 0 && in.k <= 4096 &&
-         (in.mix == Mix::Plain || in.mix == Mix::Gate || in.mix == Mix::Gated || (in.mix == Mix::Norm && in.span == in.k));
+  return in.k % 128 == 0 && (in.mix == Mix::Gated ? in.k <= 4096 : in.k <= 2048 && (in.mix == Mix::Plain || (in.mix == Mix::Norm && in.span == in.k)));
 }
+constexpr int kNormQuads = 2, kGatedQuads = 4, kNormsAtOnce = 4;
 
+__device__ __forceinline__ bool has_quad(const Input& in, int c) { return 1024 * c + 128 * (static_cast<int>(threadIdx.x) / 32) < in.k; }
+__device__ __forceinline__ float4 quad_of(const Input& in, int t, int c) {
+  return t < in.tokens && has_quad(in, c) ? load4(in.a + t * in.lda + 1024 * c + 4 * static_cast<int>(threadIdx.x)) : float4{};
+}
 // Norm weights of the thread's values; they may be loaded before wait_for_previous().
-__device__ __forceinline__ void load_norms(const Input& in, float4 (&norm)[4]) {
-  const int tid = static_cast<int>(threadIdx.x), warp = tid / 32;
+__device__ __forceinline__ void load_norms(const Input& in, float4 (&norm)[kNormQuads]) {
 #pragma unroll
-  for (int c = 0; c < 4; c++) norm[c] = in.mix == Mix::Norm && 1024 * c + 128 * warp < in.k ? load4(in.w + 1024 * c + 4 * tid) : float4{1, 1, 1, 1};
+  for (int c = 0; c < kNormQuads; c++)
+    norm[c] = in.mix == Mix::Norm && has_quad(in, c) ? load4(in.w + 1024 * c + 4 * static_cast<int>(threadIdx.x)) : float4{1, 1, 1, 1};
 }
 
 // One way to round for all that follow
 __device__ __forceinline__ float square(float4 v) { return fmaf(v.x, v.x, fmaf(v.y, v.y, fmaf(v.z, v.z, v.w * v.w))); }
-__device__ __forceinline__ float4 scaled(float4 v, float r, float4 norm) {
+__device__ __forceinline__ float4 scaled(float4 v, float r) { return {v.x * r, v.y * r, v.z * r, v.w * r}; }
+__device__ __forceinline__ float4 scaled(float4 v, float r, float4 norm) {  // without a norm it is v
   return {v.x * (r * norm.x), v.y * (r * norm.y), v.z * (r * norm.z), v.w * (r * norm.w)};
 }
-// squares (8): of the warps, behind a barrier
-__device__ __forceinline__ float inverse_of(const Input& in, const float* squares) {
-  float all = 0;
+
+// sink(first + i, k, value(i, c)) for all quads of AtOnce tokens. Straight: else a loop over the tokens, whose values move up.
+template <bool Straight, int AtOnce, int Quads, class Value, class Move, class Sink>
+__device__ __forceinline__ void hand_over(const Input& in, int first, Value value, Move move, Sink sink) {
+  auto token = [&](int i, int from) {
 #pragma unroll
-  for (int i = 0; i < 8; i++) all += squares[i];
-  return rsqrtf(all / static_cast<float>(in.k) + in.eps);
+    for (int c = 0; c < Quads; c++)
+      if (has_quad(in, c)) sink(first + i, 1024 * c + 4 * static_cast<int>(threadIdx.x), value(from, c));
+  };
+  if constexpr (Straight) {
+#pragma unroll
+    for (int i = 0; i < AtOnce; i++)
+      if (first + i < in.tokens) token(i, i);
+  } else {
+#pragma unroll 1  // the code would be large
+    for (int i = 0; i < AtOnce && first + i < in.tokens; i++) token(i, 0), move();
+  }
 }
 
-constexpr int kNarrow = 2048, kNarrowTokens = 4;
-
-// Several tokens of K up to kNarrow, one norm over all of it or none: four of them are asked for at once. squares: room for 64.
-template <class Sink>
-__device__ __forceinline__ void narrow_quads(const Input& in, const float4 (&norm)[4], float* squares, Sink sink) {
-  const int tid = static_cast<int>(threadIdx.x), lane = tid % 32, warp = tid / 32;
+// squares: room for 2 * 8 * kNormsAtOnce
+template <bool One, bool Straight, class Sink>
+__device__ __forceinline__ void norm_quads(const Input& in, const float4 (&norm)[kNormQuads], float* squares, Sink sink) {
+  constexpr int kAtOnce = One ? 1 : kNormsAtOnce;
+  const int lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32;
 #pragma unroll 1
-  for (int first = 0, half = 0; first < in.tokens; first += kNarrowTokens, half ^= 1) {  // the other half of squares may still be read
-    float4 v[kNarrowTokens][2];
-    float r[kNarrowTokens] = {1, 1, 1, 1};
+  for (int first = 0; first < (One ? 1 : in.tokens); first += kAtOnce) {
+    float4 v[kAtOnce][kNormQuads];
+    float r[kAtOnce];
 #pragma unroll
-    for (int i = 0; i < kNarrowTokens; i++)
+    for (int i = 0; i < kAtOnce; i++)
 #pragma unroll
-      for (int c = 0; c < 2; c++)
-        v[i][c] = first + i < in.tokens && 1024 * c + 128 * warp < in.k ? load4(in.a + (first + i) * in.lda + 1024 * c + 4 * tid) : float4{};
+      for (int c = 0; c < kNormQuads; c++) v[i][c] = quad_of(in, first + i, c);
+#pragma unroll
+    for (int i = 0; i < kAtOnce; i++) r[i] = 1;
     if (in.mix == Mix::Norm) {
-      float* mine = squares + half * (8 * kNarrowTokens);
+      float* mine = squares + first % (2 * kAtOnce) * 8;  // the other half may still be read
 #pragma unroll
-      for (int i = 0; i < kNarrowTokens; i++) {
+      for (int i = 0; i < kAtOnce; i++) {
         const float q = warp_sum(square(v[i][0]) + square(v[i][1]));
         if (lane == 0) mine[8 * i + warp] = q;
       }
       sync_matvec();
 #pragma unroll
-      for (int i = 0; i < kNarrowTokens; i++) r[i] = inverse_of(in, mine + 8 * i);
+      for (int i = 0; i < kAtOnce; i++) {
+        const float4 a = load4(mine + 8 * i), b = load4(mine + 8 * i + 4);
+        r[i] = rsqrtf((((((((a.x + a.y) + a.z) + a.w) + b.x) + b.y) + b.z) + b.w) * in.inverse_k + in.eps);
+      }
     }
-#pragma unroll 1  // the code would be large
-    for (int i = 0; i < kNarrowTokens && first + i < in.tokens; i++) {
+    hand_over<Straight, kAtOnce, kNormQuads>(
+        in, first, [&](int i, int c) { return scaled(v[i][c], r[i], norm[c]); },
+        [&] {
 #pragma unroll
-      for (int c = 0; c < 2; c++)
-        if (1024 * c + 128 * warp < in.k) sink(first + i, 1024 * c + 4 * tid, in.mix == Mix::Norm ? scaled(v[0][c], r[0], norm[c]) : v[0][c]);
-#pragma unroll
-      for (int j = 1; j < kNarrowTokens; j++) v[j - 1][0] = v[j][0], v[j - 1][1] = v[j][1], r[j - 1] = r[j];
-    }
+          for (int j = 1; j < kAtOnce; j++) v[j - 1][0] = v[j][0], v[j - 1][1] = v[j][1], r[j - 1] = r[j];
+        },
+        sink);
   }
 }
 
-// Of Mix::Gated, so many tokens at a time
-template <bool One, int kAtOnce, class Sink>
-__device__ __forceinline__ void gated_quads(const Input& in, Sink sink) {
-  const int tid = static_cast<int>(threadIdx.x), lane = tid % 32, warp = tid / 32, tokens = One ? 1 : in.tokens;
+// 1 / rms of heads of 128 comes from the parts of their squares, if there are any; of several tokens each thread adds up one head's, at most
+// 8 * 32, in the order of the butterfly of one token. inverse: room for T * K / 128.
+template <bool One, bool Straight, class Sink>
+__device__ __forceinline__ void gated_quads(const Input& in, float* inverse, Sink sink) {
+  constexpr int kAtOnce = One ? 1 : Straight ? 4 : 2;
+  static_assert(Gated::kParts == 16 && kFewTokens * kGatedQuads * 1024 / 128 <= kMatvecThreads);
+  const int tid = static_cast<int>(threadIdx.x), lane = tid % 32, warp = tid / 32, heads = in.k / 128;
 #pragma unroll 1
-  for (int first = 0; first < tokens; first += kAtOnce) {
-    float4 v[kAtOnce][4];
-    float r[kAtOnce][4];
+  for (int first = 0; first < (One ? 1 : in.tokens); first += kAtOnce) {
+    float4 v[kAtOnce][kGatedQuads];
+    float r[kGatedQuads] = {1, 1, 1, 1};
 #pragma unroll
     for (int i = 0; i < kAtOnce; i++)
 #pragma unroll
-      for (int c = 0; c < 4; c++) {
-        const bool there = first + i < tokens && 1024 * c + 128 * warp < in.k;
-        r[i][c] = there && in.b ? in.b[(first + i) * in.ldb + (8 * c + warp) * Gated::kParts + lane % Gated::kParts] : 0.f;
-        v[i][c] = there ? load4(in.a + (first + i) * in.lda + 1024 * c + 4 * tid) : float4{};
+      for (int c = 0; c < kGatedQuads; c++) v[i][c] = quad_of(in, first + i, c);
+    if (One && in.b) {
+#pragma unroll
+      for (int c = 0; c < kGatedQuads; c++) r[c] = has_quad(in, c) ? in.b[(8 * c + warp) * Gated::kParts + lane % Gated::kParts] : 0.f;
+#pragma unroll
+      for (int c = 0; c < kGatedQuads; c++) {
+#pragma unroll
+        for (int l = 1; l < Gated::kParts; l *= 2) r[c] += __shfl_xor_sync(0xffffffffu, r[c], l);
+        r[c] = rsqrtf(r[c] * (1.f / 128) + in.eps);
       }
+    } else if (!One && first == 0 && in.b) {
+      if (tid < in.tokens * heads) {  // rows of b lie one behind the other
+        float sum[4];
 #pragma unroll
-    for (int i = 0; i < kAtOnce; i++)
-#pragma unroll
-      for (int c = 0; c < 4; c++) {
-#pragma unroll
-        for (int l = 1; l < Gated::kParts; l *= 2) r[i][c] += __shfl_xor_sync(0xffffffffu, r[i][c], l);
-        r[i][c] = in.b ? rsqrtf(r[i][c] * (1.f / 128) + in.eps) : 1.f;
+        for (int i = 0; i < 4; i++) {
+          const float4 p = load4(in.b + tid * Gated::kParts + 4 * i);
+          sum[i] = (p.x + p.y) + (p.z + p.w);
+        }
+        inverse[tid] = rsqrtf(((sum[0] + sum[1]) + (sum[2] + sum[3])) * (1.f / 128) + in.eps);
       }
-#pragma unroll 1  // the code would be large
-    for (int i = 0; i < kAtOnce && first + i < tokens; i++) {
-#pragma unroll
-      for (int c = 0; c < 4; c++) {
-        if (1024 * c + 128 * warp < in.k) sink(first + i, 1024 * c + 4 * tid, float4{v[0][c].x * r[0][c], v[0][c].y * r[0][c], v[0][c].z * r[0][c], v[0][c].w * r[0][c]});
-#pragma unroll
-        for (int j = 1; j < kAtOnce; j++) v[j - 1][c] = v[j][c], r[j - 1][c] = r[j][c];
-      }
-    }
-  }
-}
-
-// As for_each_quad. One: of one token, which then is no loop. AtOnce: of several whose values are many, how many are asked for at once.
-template <bool One, int AtOnce, class Sink>
-__device__ __forceinline__ void quick_quads(const Input& in, const float4 (&norm)[4], float* squares, Sink sink) {
-  const int tid = static_cast<int>(threadIdx.x), lane = tid % 32, warp = tid / 32, tokens = One ? 1 : in.tokens;
-  const bool gates = in.mix == Mix::Gate;
-  if (in.mix == Mix::Gated) return gated_quads<One, AtOnce>(in, sink);
-  if (!One && in.k <= kNarrow && !gates) return narrow_quads(in, norm, squares, sink);
-#pragma unroll 1
-  for (int t = 0; t < tokens; t++) {
-    const float *a = in.a + t * in.lda + 4 * tid, *b = in.b + t * in.ldb + 4 * tid;
-    float4 v[4], s[4];
-    float r = 1;
-#pragma unroll
-    for (int c = 0; c < 4; c++) {
-      const bool in_k = 1024 * c + 128 * warp < in.k;
-      v[c] = in_k ? load4(a + 1024 * c) : float4{};
-      s[c] = in_k && gates ? load4(b + 1024 * c) : float4{};
-    }
-    if (in.mix == Mix::Norm) {
-      const float q = warp_sum(square(v[0]) + square(v[1]) + square(v[2]) + square(v[3]));
-      float* mine = squares + t % 2 * 8;  // the other half may still be read
-      if (lane == 0) mine[warp] = q;
       sync_matvec();
-      r = inverse_of(in, mine);
     }
+    int token = first;  // of v[0]
+    hand_over<Straight, kAtOnce, kGatedQuads>(
+        in, first, [&](int i, int c) { return scaled(v[i][c], One || !in.b ? r[c] : inverse[(token + i) * heads + 8 * c + warp]); },
+        [&] {
+          token++;
 #pragma unroll
-    for (int c = 0; c < 4; c++) {
-      if (1024 * c + 128 * warp >= in.k) break;
-      float4 x = v[c];
-      if (gates) x.x *= sigmoid(s[c].x), x.y *= sigmoid(s[c].y), x.z *= sigmoid(s[c].z), x.w *= sigmoid(s[c].w);
-      else if (in.mix == Mix::Norm) x = scaled(x, r, norm[c]);
-      sink(t, 1024 * c + 4 * tid, x);
-    }
+          for (int j = 1; j < kAtOnce; j++)
+#pragma unroll
+            for (int c = 0; c < kGatedQuads; c++) v[j - 1][c] = v[j][c];
+        },
+        sink);
   }
+}
+
+// As for_each_quad. One: of one token, which then is no loop. room: for 64 values, and one for each head of 128 of the tokens.
+template <bool One, bool Straight, class Sink>
+__device__ __forceinline__ void quick_quads(const Input& in, const float4 (&norm)[kNormQuads], float* room, Sink sink) {
+  if (in.mix == Mix::Gated) gated_quads<One, Straight>(in, room, sink);
+  else norm_quads<One, Straight>(in, norm, room, sink);
 }
 
 // INT8 rounding of the 128 values that a warp holds, as core/codec.cpp defines it: x becomes codes, the scale is returned.

@@ -15,7 +15,7 @@ constexpr int kThreads = kMatvecThreads;
 __global__ void __launch_bounds__(kThreads) matvec_input_k(Input in, Act act, float* exact, float* rounded) {
   extern __shared__ float sums[];
   let_next_start();
-  float4 norm[4];
+  float4 norm[kNormQuads];
   if (in.quick) load_norms(in, norm);
   else prefetch_norms(in);
   wait_for_previous();
@@ -32,7 +32,7 @@ __global__ void __launch_bounds__(kThreads) matvec_input_k(Input in, Act act, fl
     }
     if (k < in.k) *reinterpret_cast<float4*>(rounded + token * in.k + k) = v;
   };
-  if (in.quick) quick_quads<true, 1>(in, norm, sums, sink);
+  if (in.quick) quick_quads<true, true>(in, norm, sums, sink);
   else for_each_quad(in, sums, sums + in.spans * in.pieces, sink);
 }
 
@@ -99,7 +99,7 @@ void launch_rows(const Context& c, const char* what, const Tensor& w, const floa
 void matvec_exact(const Context& c, const char* what, const Product& p) {
   Input in = p.in;
   // As matvec.cu chooses, in the same order of sums: norms that come here without a product and there with one have the same bits
-  in.quick = p.act == Act::BF16 && quick_shape(in);
+  in.quick = p.act == Act::BF16 && quick_shape(in), in.inverse_k = 1.f / static_cast<float>(in.k);
   const bool round = p.w && p.act != Act::F32, exact_rows = p.exact[0].w || p.exact[1].w;
   Scratch s(c);
   float* exact = p.normed;
