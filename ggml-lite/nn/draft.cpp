@@ -17,7 +17,8 @@ constexpr double kSlope = 0.25;      // of a plain step, for each guess more, be
 constexpr double kGain = 1.02;       // that is worth it
 constexpr double kTrying = 0.01;     // share of the time that trying may cost
 constexpr double kRate = 0.03;
-constexpr int kPlainEvery = 64;      // steps, while guessing pays: what a plain one takes changes slowly
+constexpr double kForget = 0.02;     // of what a depth has shown that is not reached any more
+constexpr int kPlainEvery = 256;     // steps, while guessing pays: what a plain one takes changes slowly
 constexpr int kPlainFirst = 3;       // plain steps that count, before anything else: what the others are held against
 
 DraftPolicy::DraftPolicy(int draft, int warm) : fixed_(draft), warm_(warm) { right_.fill(kHope); }
@@ -80,7 +81,7 @@ void DraftPolicy::result(int drafted, int accepted, double seconds) {
     if (misses_ > 3) right_[0] = std::min(right_[0], 3.0 / (misses_ + 2));
   }
   for (int i = 1; i < kMaxDraft; i++)  // what was not reached is believed ever less, and taken to be like the depth before it
-    if (drafted > 0 && i > accepted) right_[static_cast<size_t>(i)] += 0.01 * (right_[static_cast<size_t>(i) - 1] - right_[static_cast<size_t>(i)]);
+    if (drafted > 0 && i > accepted) right_[static_cast<size_t>(i)] += kForget * (right_[static_cast<size_t>(i) - 1] - right_[static_cast<size_t>(i)]);
   seconds = std::max(seconds, 1e-9);
   since_plain_ = drafted ? since_plain_ + 1 : 0;
   if (const double feared = std::exchange(feared_, 0); feared > 0) saved_ += feared + (1 + accepted) * step_seconds(0) - seconds;

@@ -22,7 +22,7 @@ int parse_draft(const std::string& text);  // "auto" or 0 to 7; throws Error
 //
 //   auto: the k with the most tokens a second; 0 unless that gains 2 %. While it is 0, a step with guesses is tried now and then, each time
 //   when the steps since have saved up for what it may lose: 1 % of the time altogether. A try that does better than feared gives back
-//   what it did not lose, and what it gained. While it is not 0, one step in 64 is a plain one.
+//   what it did not lose, and what it gained. While it is not 0, one step in 256 is a plain one.
 class DraftPolicy {
  public:
   // draft: kDraftAuto, or always so many. warm: the first steps of each k that are no measure (a device that records them meanwhile).
