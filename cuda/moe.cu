@@ -372,14 +372,16 @@ __global__ void __launch_bounds__(kMaxTeams * kTeam * 32, 1) moe_gate_up_one_k(c
 // ---- launchers --------------------------------------------------------------------------------------------------------
 
 template <class S>
-bool fits(const Context& c, int k, int experts, int chosen) {  // whatever T is
-  return gate_up_layout<S>(kFewTokens, k, experts, chosen, 1).bytes <= static_cast<int64_t>(c.shared_max);
+bool fits(const Context& c, int k, int f, int experts, int chosen) {  // whatever T is
+  const int64_t panels = f / 8;  // a Divider's bound
+  return gate_up_layout<S>(kFewTokens, k, experts, chosen, 1).bytes <= static_cast<int64_t>(c.shared_max) &&
+         int64_t{kFewTokens} * chosen * panels * panels < int64_t{1} << 32;
 }
 
 template <DType W, bool Plain>
 void launch_gate_up(const Context& c, const MoeGateUpArgs& args, GateUp a) {
   using S = GateUpSlab<W, Plain>;
-  if (!fits<S>(c, a.w.k, a.experts, a.chosen)) {
+  if (!fits<S>(c, a.w.k, a.f, a.experts, a.chosen)) {
     moe_exact_gate_up(c, args);
     return;
   }
@@ -405,8 +407,8 @@ void launch_gate_up(const Context& c, const MoeGateUpArgs& args, GateUp a) {
 
 }  // namespace
 
-bool moe_gate_up_waits_first(const Context& c, int k, int experts, int chosen) {
-  return fits<GateUpSlab<DType::INT4, true>>(c, k, experts, chosen);
+bool moe_gate_up_waits_first(const Context& c, int k, int f, int experts, int chosen) {
+  return fits<GateUpSlab<DType::INT4, true>>(c, k, f, experts, chosen);
 }
 
 void moe_route(const Context& c, const MoeGateUpArgs& args) {

@@ -182,7 +182,7 @@ inline Matrix make_matrix(const Tensor& w, int step, int pair) {
 
 // moe.cu: whether few tokens' gate_up of plain() experts of that width is its own; that of moe_exact.cu lets the next kernel start before it has
 // waited, so that nothing the one before has written may be read early.
-bool moe_gate_up_waits_first(const Context&, int k, int experts, int chosen);
+bool moe_gate_up_waits_first(const Context&, int k, int f, int experts, int chosen);
 
 // What gate_up of plain() experts leaves for `down`, when that is the next operation: inner once more, (T*K, F), as store_rounded<INT4> has it,
 // where scratch memory begins. 128 blocks read all of it: half the bytes, and nothing to round.
