@@ -47,7 +47,7 @@ struct EarlyLogits {  // of a kernel that has not waited yet
 };
 
 // The top `chosen` of E logits, best first, equal ones in order of their index; by one warp. E is a multiple of 4. ids (chosen) and list (32) are
-// in shared memory; false: there were too many candidates, nothing is chosen.
+// in shared memory, list at 16 bytes; false: nothing is chosen, there were too many candidates, or too few that are numbers.
 // At least `chosen` lanes have a maximum that is not below the chosen-th largest of the 32 maxima, so the answer is among the logits
 // from there on: hardly ever more than a dozen or two. Each finds its own place by counting those before it.
 // Few instructions: the kernels that call it are over in microseconds, and fetch each of them anew.
@@ -58,11 +58,11 @@ __device__ __forceinline__ bool quick_top(Logit logit, int experts, int chosen, 
   float v[kEach], best = -INFINITY;
 #pragma unroll
   for (int i = 0; i < kEach; i += 4) {  // lane l: 32 i + 4 l ..
-    const float4 q = 32 * i + 4 * lane < experts ? logit.four(32 * i + 4 * lane) : float4{-INFINITY, -INFINITY, -INFINITY, -INFINITY};
+    const float4 q = 32 * i + 4 * lane < experts ? logit.four(32 * i + 4 * lane) : float4{NAN, NAN, NAN, NAN};  // never among the answer
     v[i] = q.x, v[i + 1] = q.y, v[i + 2] = q.z, v[i + 3] = q.w;
   }
 #pragma unroll
-  for (int i = 0; i < kEach; i++) best = fmaxf(best, v[i]);  // of a number and no number, the number
+  for (int i = 0; i < kEach; i++) best = fmaxf(best, v[i]);  // of a number and a NaN, the number
   float4* maxima = reinterpret_cast<float4*>(list);
   reinterpret_cast<float*>(list)[lane] = best;
   __syncwarp();
@@ -83,7 +83,7 @@ __device__ __forceinline__ bool quick_top(Logit logit, int experts, int chosen, 
     const unsigned all = __ballot_sync(kAll, count >> bit & 1);
     at += __popc(all & ((1u << lane) - 1)) << bit, n += __popc(all) << bit;
   }
-  if (n > 32) return false;
+  if (n < chosen || n > 32) return false;
   int32_t* experts_in = reinterpret_cast<int32_t*>(list);
 #pragma unroll 1
   for (; mine; mine &= mine - 1) {

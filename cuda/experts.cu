@@ -62,7 +62,7 @@ __device__ __forceinline__ int oldest_slot(const ExpertHome& home, int64_t befor
 
 __global__ void __launch_bounds__(kThreads) place_experts_k(const Place a) {
   extern __shared__ int32_t memory[];
-  __shared__ Candidate list[kPlacedTokens][32];
+  __shared__ __align__(16) Candidate list[kPlacedTokens][32];
   __shared__ int64_t scratch[kThreads / 32 + 1];
   __shared__ int hit_count, miss_count, pair_count;
   const int tid = static_cast<int>(threadIdx.x), lane = lane_id(), warp = warp_id(), n = a.tokens * a.chosen;
@@ -169,7 +169,7 @@ struct Likely {
 // kernels before have ended, and their writes are in the L2 cache, from where h is loaded. (Were something of that old, the advice would be worse.)
 __global__ void __launch_bounds__(256) likely_experts_k(const Likely a) {
   extern __shared__ int32_t memory[];
-  __shared__ Candidate list[kPlacedTokens][32];
+  __shared__ __align__(16) Candidate list[kPlacedTokens][32];
   __shared__ bool last;
   const int lane = lane_id(), warp = warp_id(), expert = static_cast<int>(blockIdx.x) * 8 + warp, n = a.tokens * a.chosen;
   if (!a.beside) wait_for_previous();

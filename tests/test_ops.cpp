@@ -606,6 +606,80 @@ TEST_CASE("CUDA: attention: NaN stays NaN, where it was") {
   nan_stays(*make_cuda_device(0, false));
 }
 
+// Experts whose logit is no number come last, equal ones in order of their index; and what one row holds is nothing to the others.
+static void numbers_come_first(Device& device) {
+  OpLimits l;
+  l.tokens = 16, l.width = 1024, l.experts = 512, l.chosen = 10, l.expert_width = 512, l.model_width = 128;
+  device.reserve(l);
+  constexpr int64_t kDim = 128, kShared = 64;
+  constexpr int kChosen = 10, kKinds = 8;
+  for (const auto& [count, width] : {std::pair<int, int64_t>{512, 128}, {508, 128}, {60, 512}, {13, 128}, {12, 512}}) {
+    const auto logit = [](int kind, int e) {
+      const float some = static_cast<float>((e * 37 + kind * 11) % 101) / 10;
+      switch (kind) {
+        case 0: return NAN;
+        case 1: return e % 5 == 2 && e < 13 ? some : NAN;  // fewer than are chosen
+        case 2: return e % 3 == 1 ? NAN : some;
+        case 3: return 0.5f;
+        case 4: return -INFINITY;
+        case 5: return e == 4 ? 1.f : -INFINITY;
+        case 6: return e % 2 ? -0.f : 0.f;
+        default: return some;
+      }
+    };
+    Bench b(device, 9);
+    const Experts experts = b.experts(DType::INT4, count, kDim, width, 128);
+    const Tensor shared_down = b.weights(DType::BF16, kDim, kShared);
+    for (int64_t t : {1, 2, 8, 9})
+      for (int first = 0; first < kKinds; first += t < kKinds ? static_cast<int>(t) : kKinds) {
+        Floats logits;
+        std::vector<int32_t> expected;
+        for (int64_t row = 0; row < t; row++) {
+          const int kind = (first + static_cast<int>(row)) % kKinds;
+          std::vector<int32_t> order(static_cast<size_t>(count));
+          for (int e = 0; e < count; e++) logits.push_back(logit(kind, e)), order[static_cast<size_t>(e)] = e;
+          std::ranges::stable_sort(order, [&](int x, int y) { return std::isnan(logit(kind, y)) ? !std::isnan(logit(kind, x)) : logit(kind, x) > logit(kind, y); });
+          expected.insert(expected.end(), order.begin(), order.begin() + kChosen);
+        }
+        Bench call(device, 10);
+        MoeGateUpArgs up;
+        up.x = call.in(call.normals(t * kDim, 1), t, kDim), up.logits = call.in(logits, t, count), up.act = Act::BF16, up.experts = experts;
+        up.ids = call.out("ids", t, kChosen, 0, {}, DType::I32), up.weights = call.out("weights", t, kChosen), up.inner = call.out("inner", t * kChosen, width);
+        device.moe_gate_up(up);
+        MoeDownArgs down;
+        down.ids = up.ids, down.weights = up.weights, down.inner = up.inner, down.logits = up.logits, down.act = down.shared_act = Act::BF16, down.experts = experts;
+        down.shared = call.in(call.normals(t * kShared, 1), t, kShared), down.shared_scale = call.in(Floats(static_cast<size_t>(t), 0.5f), t);
+        down.shared_down = shared_down, down.h = call.out("h", t, kDim, 0, call.normals(t * kDim, 1));
+        device.moe_down(down);
+        std::vector<int32_t> ids(static_cast<size_t>(t * kChosen));
+        device.download(ids.data(), up.ids.data, ids.size() * 4);
+        const Floats h = call.finish().back().after;
+        for (int64_t row = 0; row < t; row++) {
+          const int kind = (first + static_cast<int>(row)) % kKinds;
+          CHECK_MESSAGE(std::equal(ids.begin() + row * kChosen, ids.begin() + (row + 1) * kChosen, expected.begin() + row * kChosen), device.name(), ": E=", count,
+                        ", T=", t, ", row ", row, " of kind ", kind);
+          bool finite = true;
+          for (int64_t i = row * kDim; i < (row + 1) * kDim; i++) finite = finite && finite_bits(h[static_cast<size_t>(i)]);
+          if ((kind == 2 && count > 20) || kind == 3 || kind > 4) CHECK_MESSAGE(finite, device.name(), ": E=", count, ", T=", t, ", row ", row, " of kind ", kind);
+        }
+      }
+  }
+}
+
+TEST_CASE("experts: numbers come first, and NaN stays in its row") {
+  numbers_come_first(*make_ref_device());
+  for (Isa isa : {Isa::Scalar, Isa::Avx2, Isa::Avx512})
+    if (isa_available(isa)) numbers_come_first(*make_cpu_device(2, isa));
+}
+
+TEST_CASE("CUDA: experts: numbers come first, and NaN stays in its row") {
+  if (list_cuda_devices().empty()) {
+    MESSAGE("SKIPPED: no GPU");
+    return;
+  }
+  numbers_come_first(*make_cuda_device(0, false));
+}
+
 // A call that leaves its states, taken back to any token, goes on as if the tokens behind had never been there: bit for bit.
 static void states_lead_back(Device& device) {
   OpLimits l;

@@ -139,7 +139,7 @@ struct MoeRouterArgs {
   Tensor shared_scale; // out (T): sigmoid(shared_gate . x)
 };
 
-// D5: top K of softmax(logits) (ties: lower index), weights renormalised over the K if `renormalise`; gate_up and SwiGLU.
+// D5: top K of softmax(logits) (ties: lower index; NaN last), weights renormalised over the K if `renormalise`; gate_up and SwiGLU.
 struct MoeGateUpArgs {
   Tensor x;        // (T, D)
   Tensor logits;   // (T, E)

@@ -56,8 +56,9 @@ void CpuDevice::do_moe_router(const MoeRouterArgs& a) {
   });
 }
 
-// Top K of one token by insertion; a later expert must be larger to pass an earlier one, so ties go to the lower index and a
-// NaN never passes anything.
+// Top K of one token by insertion; a later expert must be larger to pass an earlier one, so ties go to the lower index. Any number passes a NaN.
+static bool passes(float later, float earlier) { return later > earlier || (std::isnan(earlier) && !std::isnan(later)); }
+
 void CpuDevice::route(const MoeGateUpArgs& a, int64_t t) const {
   const float* logits = a.logits.f32(t);
   int32_t* ids = a.ids.i32(t);
@@ -66,9 +67,9 @@ void CpuDevice::route(const MoeGateUpArgs& a, int64_t t) const {
   const int chosen = static_cast<int>(a.ids.cols());
   int n = 0;
   for (int32_t e = 0; e < experts; e++) {
-    if (n == chosen && !(logits[e] > logits[ids[n - 1]])) continue;
+    if (n == chosen && !passes(logits[e], logits[ids[n - 1]])) continue;
     int at = n < chosen ? n++ : n - 1;
-    for (; at > 0 && logits[e] > logits[ids[at - 1]]; at--) ids[at] = ids[at - 1];
+    for (; at > 0 && passes(logits[e], logits[ids[at - 1]]); at--) ids[at] = ids[at - 1];
     ids[at] = e;
   }
   const float top = logits[ids[0]];

@@ -244,7 +244,7 @@ class RefDevice final : public Device {
       float all = 0, sum = 0;
       for (int64_t i = 0; i < e; i++) all += p[i] = std::exp(l[i] - top);
       std::iota(order.begin(), order.end(), 0);
-      std::stable_sort(order.begin(), order.end(), [l](int32_t i, int32_t j) { return l[i] > l[j]; });
+      std::stable_sort(order.begin(), order.end(), [l](int32_t i, int32_t j) { return l[i] > l[j] || (std::isnan(l[j]) && !std::isnan(l[i])); });
       for (int64_t j = 0; j < chosen; j++) sum += p[order[j]];
       const Vec x(a.x.f32(t), a.x.f32(t) + a.x.cols());
       for (int64_t j = 0; j < chosen; j++) {
