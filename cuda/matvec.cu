@@ -69,6 +69,7 @@ struct Matvec {
   int64_t ldy = 0;
   ExactRows exact[2];
   float* normed = nullptr;
+  bool keep = false;       // x unrounded, too
   int signal = 0;          // of one task for each block: chunks to ask for before the next kernel may start
   int slots = 0, chunks = 0, exact_chunks = 0;  // chunks: of a panel, of exact rows
   int barriers = 0, x = 0, x_scale = 0, x_sum = 0, x_exact = 0, partial = 0, squares = 0, inverse = 0, bytes = 0;  // offsets in shared memory
@@ -77,7 +78,6 @@ struct Matvec {
 // Where things lie in shared memory. The sizes grow with T; `bytes` is their end.
 void lay_out(Matvec& m, DType w, Act act, int tokens, int slots, bool bulk) {
   const int groups = (m.in.k + 127) / 128;
-  const bool exact = m.exact[0].w || m.exact[1].w || m.normed;
   int64_t at = 0;
   auto take = [&](int64_t bytes) {
     const int64_t begin = at;
@@ -89,7 +89,7 @@ void lay_out(Matvec& m, DType w, Act act, int tokens, int slots, bool bulk) {
   m.x = take(int64_t{tokens} * x_stride(w, m.in.k) * 2);
   m.x_scale = take(act == Act::INT8 || as_half(w, act) ? int64_t{tokens} * groups * 4 : 0);
   m.x_sum = take(as_half(w, act) ? int64_t{tokens} * groups * 16 : 0);
-  m.x_exact = take(exact ? int64_t{tokens} * m.in.k * 4 : 0);
+  m.x_exact = take(m.keep ? int64_t{tokens} * m.in.k * 4 : 0);
   m.partial = take(int64_t{2} * kWarps * tokens * kPanelRows * 4);
   m.squares = take(std::max<int64_t>({int64_t{tokens} * m.in.spans * m.in.pieces, 16 * kNormsAtOnce, int64_t{tokens} * groups}) * 4);
   m.inverse = take(int64_t{tokens} * m.in.spans * 4);
@@ -272,17 +272,16 @@ __device__ __forceinline__ void multiply(float (&total)[4], const uint8_t* unit,
   }
 }
 
-// x of all tokens into shared memory: rounded, in the order of the fragments; with exact rows, or when x is asked for, unrounded too. (Blocks that need but one of the
-// two could leave out the other: measured, and a pass of 1 token was 1 % slower.)
+// x of all tokens into shared memory: rounded, in the order of the fragments; unrounded too, when that is to be kept. (Blocks that need but one of the two
+// could leave out the other. Measured: a pass of 1 token was 1 % slower.)
 template <DType W, Act A, bool Quick, bool One>
 __device__ __forceinline__ void prologue(const Matvec& m, const float4 (&norm)[kNormQuads], uint8_t* shared) {
   uint16_t* x = reinterpret_cast<uint16_t*>(shared + m.x);                 // (T, x_stride)
   float* x_scale = reinterpret_cast<float*>(shared + m.x_scale);           // (T, groups of 128)
   float* x_exact = reinterpret_cast<float*>(shared + m.x_exact);           // (T, K)
   const int k_all = m.in.k, stride = x_stride(W, k_all), groups = (k_all + 127) / 128;
-  const bool exact = m.exact[0].w.data || m.exact[1].w.data || m.normed;
   auto sink = [&](int t, int k, float4 v) {
-    if (exact && k < k_all) *reinterpret_cast<float4*>(x_exact + t * k_all + k) = v;
+    if (m.keep && k < k_all) *reinterpret_cast<float4*>(x_exact + t * k_all + k) = v;
     if (A == Act::INT8) {
       const float scale = int8_codes(v);
       if (threadIdx.x % 32 == 0) x_scale[t * groups + k / 128] = scale;
@@ -528,20 +527,40 @@ bool matvec_fast(const Context& c, const char* what, const Product& p) {
   }
   m.signal = p.exact[0].w ? 0 : 2;  // measured: of the router from its begin on, of output products (4 chunks) behind half of them
 
-  int tokens = m.in.tokens;  // of one launch
-  auto fits = [&](int slots) { return lay_out(m, w, p.act, tokens, slots, bulk), static_cast<size_t>(m.bytes) <= c.shared_max; };
-  while (tokens > 0 && !fits(2)) tokens--;
-  if (tokens == 0) return false;
-  for (int first = 0; first < p.in.tokens; first += tokens) {
-    const int n = std::min(tokens, p.in.tokens - first);
+  const auto fits = [&](int n, int slots) { return lay_out(m, w, p.act, n, slots, bulk), static_cast<size_t>(m.bytes) <= c.shared_max; };
+  const auto most_tokens = [&] {  // of one launch
+    int n = p.in.tokens;
+    while (n > 0 && !fits(n, 2)) n--;
+    return n;
+  };
+  // Codes take instructions: for one token two blocks, of half the slots, on a multiprocessor are faster (measured on H200: INT8 rest 3 %, a head
+  // in INT4 a quarter; of 4 tokens they are slower)
+  const auto blocks_of = [&](int n) { return w != DType::BF16 && bulk && n == 1 && m.tasks > c.sms ? 2 : 1; };
+  const auto slots_of = [&](int n) {
     // No more than a block uses, which leaves room for the next kernel's beside it. Of two tokens one less, with which it has room beside the `down`
     // of the experts before it (measured on H200: passes of 2 tokens 3 % faster; of 1, where there is room, 5 % slower)
     const int most = n == 2 && w == DType::BF16 && bulk ? most_slots - 1 : most_slots;
-    // Codes take instructions: for one token two blocks, of half the slots, on a multiprocessor are faster (measured on H200: INT8 rest 3 %, a head
-    // in INT4 a quarter; of 4 tokens they are slower)
-    const int blocks = w != DType::BF16 && bulk && n == 1 && m.tasks > c.sms ? 2 : 1;
-    int slots = m.tasks <= c.sms ? std::min(std::max(m.chunks, m.exact_chunks), most_slots) : most / blocks;
-    while (lay_out(m, w, p.act, n, slots, bulk), static_cast<size_t>(m.bytes) > c.shared_max) slots--;
+    int slots = m.tasks <= c.sms ? std::min(std::max(m.chunks, m.exact_chunks), most_slots) : most / blocks_of(n);
+    while (!fits(n, slots)) slots--;
+    return slots;
+  };
+
+  m.keep = p.exact[0].w || p.exact[1].w;
+  const int tokens = most_tokens();
+  if (tokens == 0) return false;
+  if (p.normed && !m.keep) {  // in shared memory, if that costs neither a slot nor a token; else a kernel of its own writes it
+    const int slots = slots_of(tokens);
+    m.keep = true;
+    if (most_tokens() != tokens || slots_of(tokens) != slots) {
+      m.keep = false, m.normed = nullptr;
+      Product only = p;
+      only.w = {};
+      matvec_exact(c, what, only);
+    }
+  }
+  for (int first = 0; first < p.in.tokens; first += tokens) {
+    const int n = std::min(tokens, p.in.tokens - first), blocks = blocks_of(n), slots = slots_of(n);
+    lay_out(m, w, p.act, n, slots, bulk);
     if (w == DType::BF16) launch_matvec<DType::BF16>(c, what, m, p.act, c.sms);
     else if (w == DType::INT8) launch_matvec<DType::INT8>(c, what, m, p.act, c.sms * blocks);
     else launch_matvec<DType::INT4>(c, what, m, p.act, c.sms * blocks);

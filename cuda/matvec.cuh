@@ -195,7 +195,7 @@ __device__ __forceinline__ void load_norms(const Input& in, float4 (&norm)[kNorm
 // One way to round for all that follow
 __device__ __forceinline__ float square(float4 v) { return fmaf(v.x, v.x, fmaf(v.y, v.y, fmaf(v.z, v.z, v.w * v.w))); }
 __device__ __forceinline__ float4 scaled(float4 v, float r) { return {v.x * r, v.y * r, v.z * r, v.w * r}; }
-__device__ __forceinline__ float4 scaled(float4 v, float r, float4 norm) {  // without a norm it is v
+__device__ __forceinline__ float4 scaled(float4 v, float r, float4 norm) {  // v, when there is no norm: both are 1 then
   return {v.x * (r * norm.x), v.y * (r * norm.y), v.z * (r * norm.z), v.w * (r * norm.w)};
 }
 
@@ -217,7 +217,7 @@ __device__ __forceinline__ void hand_over(const Input& in, int first, Value valu
   }
 }
 
-// squares: room for 2 * 8 * kNormsAtOnce
+// squares: room for 8 values, of several tokens for 2 * 8 * kNormsAtOnce; at 16 bytes
 template <bool One, bool Straight, class Sink>
 __device__ __forceinline__ void norm_quads(const Input& in, const float4 (&norm)[kNormQuads], float* squares, Sink sink) {
   constexpr int kAtOnce = One ? 1 : kNormsAtOnce;
@@ -243,7 +243,7 @@ __device__ __forceinline__ void norm_quads(const Input& in, const float4 (&norm)
 #pragma unroll
       for (int i = 0; i < kAtOnce; i++) {
         const float4 a = load4(mine + 8 * i), b = load4(mine + 8 * i + 4);
-        r[i] = rsqrtf((((((((a.x + a.y) + a.z) + a.w) + b.x) + b.y) + b.z) + b.w) * in.inverse_k + in.eps);
+        r[i] = rsqrtf(fmaf(((((((a.x + a.y) + a.z) + a.w) + b.x) + b.y) + b.z) + b.w, in.inverse_k, in.eps));
       }
     }
     hand_over<Straight, kAtOnce, kNormQuads>(
@@ -306,7 +306,7 @@ __device__ __forceinline__ void gated_quads(const Input& in, float* inverse, Sin
   }
 }
 
-// As for_each_quad. One: of one token, which then is no loop. room: for 64 values, and one for each head of 128 of the tokens.
+// As for_each_quad. One: of one token, which then is no loop. room: what norm_quads() and gated_quads() ask for.
 template <bool One, bool Straight, class Sink>
 __device__ __forceinline__ void quick_quads(const Input& in, const float4 (&norm)[kNormQuads], float* room, Sink sink) {
   if (in.mix == Mix::Gated) gated_quads<One, Straight>(in, room, sink);

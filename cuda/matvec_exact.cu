@@ -13,7 +13,7 @@ constexpr int kThreads = kMatvecThreads;
 
 // Block t: x of token t. exact and rounded (T, K) may be null.
 __global__ void __launch_bounds__(kThreads) matvec_input_k(Input in, Act act, float* exact, float* rounded) {
-  extern __shared__ float sums[];
+  extern __shared__ __align__(16) float sums[];  // of a quick norm 8, of others those of for_each_quad()
   let_next_start();
   float4 norm[kNormQuads];
   if (in.quick) load_norms(in, norm);

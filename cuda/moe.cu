@@ -33,7 +33,7 @@ constexpr int kRouteWarps = 4;
 __global__ void __launch_bounds__(32 * kRouteWarps) moe_route_k(const float* logits, int tokens, int experts, int chosen, bool renormalise,
                                                                int32_t* ids, float* weights) {
   extern __shared__ int32_t chosen_ids[];  // (warps, K)
-  __shared__ Candidate list[kRouteWarps][32];
+  __shared__ __align__(16) Candidate list[kRouteWarps][32];
   let_next_start();
   wait_for_previous();
   const int t = static_cast<int>(blockIdx.x) * kRouteWarps + warp_id();
@@ -54,11 +54,11 @@ constexpr int kMaxTeams = 8;  // in a block
 // at the shapes of the 80B model, of 5 to 8 each: a pass of 4 tokens 6 % and one of 8 tokens 2 % faster than with 8.
 constexpr int kTeamsOfFour = 5, kTeamsOfEight = 7;
 
-// What a warp of gate_up has in shared memory: kStages pieces of a slab
+// What gate_up copies and multiplies at a time: of plain() experts half a slab, of others a whole one. A warp has room for a slab.
 template <DType W, bool Plain>
-using GateUpSlab = Slab<W, Plain, Plain ? 4 : 8>;
+using HalfOrSlab = Slab<W, Plain, Plain ? 4 : 8>;
 template <class S>
-constexpr int kStages = S::kPlain ? 2 : 1;
+constexpr int kPieces = S::kPlain ? 2 : 1;  // of a slab
 
 // Shared memory of a block; offsets in bytes
 struct GateUpLayout {
@@ -70,11 +70,11 @@ QN_HD constexpr int token_pairs(int tokens) { return (tokens + 1) / 2; }
 template <class S>
 GateUpLayout gate_up_layout(int tokens, int k, int experts, int chosen, int teams) {
   GateUpLayout l{};
-  const int width = static_cast<int>(round_up(k, kStages<S> * S::kWidth));
+  const int width = static_cast<int>(round_up(k, kPieces<S> * S::kWidth));
   l.chunks = width / kActGroup, l.pitch = width + S::kPad;
-  l.slabs = 0;                                                    // (teams, kTeam, kStages) S
+  l.slabs = 0;                                                    // (teams, kTeam, kPieces) S
   // (teams, 2, kTeam, 8, pairs of tokens) float4: results of the warps, two rounds; of one token (teams, 2, kTeam, 8) float2
-  l.part = teams * kTeam * kStages<S> * S::kBytes;
+  l.part = teams * kTeam * kPieces<S> * S::kBytes;
   l.x = l.part + teams * 2 * kTeam * 8 * token_pairs(tokens) * 16;  // (T, pitch) bf16 or codes
   l.list = l.x + tokens * l.pitch * 2;                            // (T, 32) Candidate
   l.scales = l.list + tokens * 32 * static_cast<int>(sizeof(Candidate));  // (T, chunks)
@@ -103,7 +103,7 @@ struct GateUp {
   int32_t* ids;                    // (T, K)
   float *weights, *inner;          // (T, K), (T*K, F)
   uint16_t* rounded;               // (T*K, F) or null: rounded_inner()
-  int panels, slabs;               // of an expert, of a panel
+  int panels, pieces;              // of an expert, of a panel
   Divider panel, chunks;           // by `panels`, by at.chunks
   GateUpLayout at;
 };
@@ -112,8 +112,8 @@ struct GateUp {
 // loaded at once, and stored when weights have been asked for: what is asked for behind those comes behind them.
 template <class S>
 struct RoundedTokens {
-  static constexpr int kBatch = 4;
-  float4 v[kBatch];
+  static constexpr int kAtOnce = 4;
+  float4 v[kAtOnce];
   int begin;  // the chunk of v[0]
 
   __device__ __forceinline__ void load(const GateUp& a, uint8_t* shared, int first) {
@@ -121,20 +121,20 @@ struct RoundedTokens {
     begin = warp_id() - first;
     if (begin < 0) begin = a.tokens * a.at.chunks;
 #pragma unroll 1
-    for (;; begin += kBatch * step) {
+    for (;; begin += kAtOnce * step) {
 #pragma unroll
-      for (int i = 0; i < kBatch; i++) {
+      for (int i = 0; i < kAtOnce; i++) {
         const int c = begin + i * step, t = a.chunks.quotient(c), k = (c - t * a.at.chunks) * kActGroup + 4 * lane_id();
         v[i] = t < a.tokens && k < a.w.k ? load4(a.x + t * a.w.k + k) : float4{};
       }
-      if (begin + kBatch * step >= a.tokens * a.at.chunks) return;
+      if (begin + kAtOnce * step >= a.tokens * a.at.chunks) return;
       store(a, shared, first);
     }
   }
   __device__ __forceinline__ void store(const GateUp& a, uint8_t* shared, int first) const {
     const int step = static_cast<int>(blockDim.x) / 32 - first;
 #pragma unroll
-    for (int i = 0; i < kBatch; i++) {
+    for (int i = 0; i < kAtOnce; i++) {
       const int c = begin + i * step, t = a.chunks.quotient(c);
       if (t >= a.tokens) break;
       uint16_t* to = reinterpret_cast<uint16_t*>(shared + a.at.x) + t * a.at.pitch + (c - t * a.at.chunks) * kActGroup;
@@ -186,8 +186,8 @@ __device__ __forceinline__ void finish_panel(const GateUp& a, const float4* part
 
 template <DType W, bool Plain>
 __global__ void __launch_bounds__(kMaxTeams * kTeam * 32, 1) moe_gate_up_few_k(const GateUp a) {
-  using S = GateUpSlab<W, Plain>;
-  constexpr int kRooms = kStages<S>;
+  using S = HalfOrSlab<W, Plain>;
+  constexpr int kRooms = kPieces<S>;  // a piece each
   extern __shared__ __align__(16) uint8_t shared[];
   const int lane = lane_id(), warp = warp_id(), warps = static_cast<int>(blockDim.x) / 32, team = warp / kTeam, part = warp % kTeam;
   int32_t* ids = reinterpret_cast<int32_t*>(shared + a.at.ids);
@@ -222,17 +222,17 @@ __global__ void __launch_bounds__(kMaxTeams * kTeam * 32, 1) moe_gate_up_few_k(c
   }
 
   uint8_t* rooms = shared + a.at.slabs + warp * kRooms * S::kBytes;
-  // The warp's slabs of a panel, in kRooms pieces each: the one behind s
+  // Pieces of a panel: the warp's first one, and the one of its own behind s
   const int first = part * kRooms;
   auto behind = [](int s) { return (s + 1) % kRooms == 0 ? s + 1 + (kTeam - 1) * kRooms : s + 1; };
   int ahead = unit, ahead_s = first;  // what is to be asked for next
-  if (first >= a.slabs) ahead = units;
+  if (first >= a.pieces) ahead = units;
   auto ask = [&] {
     if (ahead < units) {
       const int i = a.panel.quotient(ahead), e = todo[i];
       S::copy(a.w, a.where ? a.where[e] : a.w.data + e * a.stride, ahead - i * a.panels, ahead_s, rooms + ahead_s % kRooms * S::kBytes);
       ahead_s = behind(ahead_s);
-      if (ahead_s >= a.slabs) ahead += stride, ahead_s = first;
+      if (ahead_s >= a.pieces) ahead += stride, ahead_s = first;
     } else {
       copy_async_commit();  // wait() counts
     }
@@ -258,10 +258,10 @@ __global__ void __launch_bounds__(kMaxTeams * kTeam * 32, 1) moe_gate_up_few_k(c
   for (int round = 0; unit < units; unit += stride, round++) {
     float total[4] = {};
 #pragma unroll 1
-    for (int s = first; s < a.slabs; s = behind(s)) {
+    for (int s = first; s < a.pieces; s = behind(s)) {
       S::template wait<kRooms - 1>();
-      const uint8_t* slab = rooms + s % kRooms * S::kBytes;
-      S::multiply(slab, slab + S::kScalesAt, x + s * S::kWidth, s0 + s * S::kChunks, s1 + s * S::kChunks, a.w.shift, total);
+      const uint8_t* piece = rooms + s % kRooms * S::kBytes;
+      S::multiply(piece, piece + S::kScalesAt, x + s * S::kWidth, s0 + s * S::kChunks, s1 + s * S::kChunks, a.w.shift, total);
       __syncwarp();  // the piece has been read by all lanes
       ask();         // on its way while the team adds up
     }
@@ -380,7 +380,7 @@ bool fits(const Context& c, int k, int f, int experts, int chosen) {  // whateve
 
 template <DType W, bool Plain>
 void launch_gate_up(const Context& c, const MoeGateUpArgs& args, GateUp a) {
-  using S = GateUpSlab<W, Plain>;
+  using S = HalfOrSlab<W, Plain>;
   if (!fits<S>(c, a.w.k, a.f, a.experts, a.chosen)) {
     moe_exact_gate_up(c, args);
     return;
@@ -392,9 +392,9 @@ void launch_gate_up(const Context& c, const MoeGateUpArgs& args, GateUp a) {
   const int64_t rounds = (units + sms * most - 1) / (sms * most), teams = (units + sms * rounds - 1) / (sms * rounds);
   const int64_t blocks = std::min(sms, (units + teams - 1) / teams);
   a.at = gate_up_layout<S>(a.tokens, a.w.k, a.experts, a.chosen, count(teams));
-  a.panels = a.f / 8, a.slabs = a.at.chunks / S::kChunks, a.panel = Divider(a.panels), a.chunks = Divider(a.at.chunks);
+  a.panels = a.f / 8, a.pieces = a.at.chunks / S::kChunks, a.panel = Divider(a.panels), a.chunks = Divider(a.at.chunks);
   if constexpr (Plain) {
-    if (a.tokens == 1 && !a.where && a.w.k % Slab<W, Plain>::kWidth == 0 && a.slabs <= kTeam * kStages<S> && a.experts <= kQuickExperts &&
+    if (a.tokens == 1 && !a.where && a.w.k % Slab<W, Plain>::kWidth == 0 && a.pieces <= kTeam * kPieces<S> && a.experts <= kQuickExperts &&
         a.chosen <= kQuickWarps && teams * kTeam >= kQuickWarps) {
       launch(c, "moe_gate_up", moe_gate_up_one_k, dim3(static_cast<unsigned>(blocks)), dim3(static_cast<unsigned>(teams * kTeam * 32)),
              static_cast<size_t>(a.at.bytes), a);
@@ -408,7 +408,7 @@ void launch_gate_up(const Context& c, const MoeGateUpArgs& args, GateUp a) {
 }  // namespace
 
 bool moe_gate_up_waits_first(const Context& c, int k, int f, int experts, int chosen) {
-  return fits<GateUpSlab<DType::INT4, true>>(c, k, f, experts, chosen);
+  return fits<HalfOrSlab<DType::INT4, true>>(c, k, f, experts, chosen);
 }
 
 void moe_route(const Context& c, const MoeGateUpArgs& args) {

@@ -2,7 +2,7 @@
 // are choices. A choice warp does the first choice of an expert and all others of that expert with it, two more warps do the shared expert, whose
 // weights are known before the kernel ahead has ended. Results are added in the order choice 0, 1, ..., shared expert.
 //
-//   moe_down_quick_k   INT4 g128, activations BF16, F = 512: the panel of an expert is one slab and comes in one piece. 1 to 8 tokens.
+//   moe_down_quick_k   INT4 g128, all activations BF16, F = 512: the panel of an expert is one slab and comes in one piece. 1 to 8 tokens.
 //   moe_down_few_k     anything else: slabs copied by their warps, see moe.cu
 //
 // What the quick one must know to ask for weights are the ids, and gate_up, the kernel before, writes them at its end only. So it chooses once
@@ -204,7 +204,7 @@ __device__ __forceinline__ void add_up(const Down& a, int panel, const float* ch
 __device__ __forceinline__ void ask_for_h(const Down& a, int panel, float* h) {
   const int t = static_cast<int>(threadIdx.x) / kPanelRows, r = static_cast<int>(threadIdx.x) % kPanelRows;
   if (t < a.tokens) copy_async4(h, a.h + static_cast<int64_t>(t) * a.d + panel * kPanelRows + r);
-  copy_async_commit();  // a warp without choices commits nothing else, and waits only for what is committed
+  copy_async_commit();  // what the thread has copied by now; who waits, waits only for what is committed
 }
 
 // W: of the routed experts, Shared: of the shared one
@@ -435,7 +435,7 @@ void moe_few_down(const Context& c, const MoeDownArgs& args) {
   };
   if (plain(args.act, args.experts) && args.shared_act == Act::BF16 && f == QuickSlab::kWidth && a.chosen <= kMaxChoices / kFewTokens && args.experts.count < 1 << 15) {
     // Up to 4 tokens: what has room beside gate_up (measured: of 8 to 16 warps with 1 or 2 slabs)
-    const bool behind = args.logits && moe_gate_up_waits_first(c, a.d, count(f), args.experts.count, a.chosen), early = behind && !a.where;  // gate_up
+    const bool behind = args.logits && moe_gate_up_waits_first(c, a.d, count(f), args.experts.count, a.chosen), early = behind && !a.where;
     QuickDown q{a, early ? args.logits.f32() : nullptr, behind ? rounded_inner(c, a.choices, f) : nullptr, args.experts.count, a.tokens > 4 ? 2 : 1, 0, 0, 0, 0, 0};
     q.down.choice_warps = std::clamp(a.choices, kSumWarps, a.tokens > 4 ? 12 : a.tokens > 1 ? 10 : kMaxChoiceWarps);
     while (lay_out(q) > room && q.at_once > 1) q.at_once--;
