@@ -1,10 +1,11 @@
-// How many tokens to guess, and guesses from the text: pure, so against simulated machines and texts.
+// How many tokens to guess, guesses from the text, how long to sleep for a step: pure, so against simulated machines and texts.
 #include <doctest/doctest.h>
 
 #include <chrono>
 #include <functional>
 
 #include "ggml-lite/base/check.h"
+#include "ggml-lite/nn/chooser.h"
 #include "ggml-lite/nn/draft.h"
 #include "ggml-lite/text/sampler.h"
 
@@ -59,6 +60,29 @@ TEST_CASE("--draft: auto, or 0 to 7") {
   CHECK(parse_draft("0") == 0);
   CHECK(parse_draft("7") == 7);
   for (const char* bad : {"8", "-1", "", "a", "3x", "Auto", "1.5"}) CHECK_THROWS_WITH_AS(parse_draft(bad), doctest::Contains("--draft"), Error);
+}
+
+TEST_CASE("a waiter sleeps through most of a long step, and polls for a short one") {
+  Patience p;
+  const auto wait = [&](int us) {  // for what comes after so many microseconds; how long it takes
+    const auto nap = static_cast<int>(p.nap().count());
+    const int took = std::max(nap, us);
+    p.learn(Patience::Time{took}, nap >= us);
+    return std::pair(nap, took);
+  };
+  for (int i = 0; i < 40; i++) CHECK(wait(2000).first == 0);  // of a GPU alone
+  wait(3000000);  // a prompt
+  int late = 0;
+  for (int i = 0; i < 40; i++) late += wait(5300).second - 5300;
+  CHECK(late == 0);
+  CHECK(p.nap().count() > 5300 / 2);
+  CHECK(p.nap().count() < 5300);
+  wait(3000000);
+  for (int i = 0; i < 40; i++) late += wait(i % 3 ? 5300 : 12000).second - (i % 3 ? 5300 : 12000);  // steps with guesses and without
+  CHECK(late < 5300);
+  for (int i = 0; i < 20; i++) late += wait(400).second - 400;
+  CHECK(late < 12000);
+  CHECK(p.nap().count() == 0);
 }
 
 TEST_CASE("drafts: never slower than plain by 2 %, and near the best wherever there is something to gain") {

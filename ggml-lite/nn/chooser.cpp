@@ -1,6 +1,7 @@
 #include "ggml-lite/nn/chooser.h"
 
 #include <atomic>
+#include <thread>
 
 #include "ggml-lite/base/check.h"
 
@@ -45,12 +46,18 @@ void Chooser::assume(int position, std::span<const int32_t> guesses) {
   device_->upload(static_cast<int32_t*>(history_.data()) + position, guesses.data(), guesses.size_bytes());
 }
 
-Chosen Chooser::wait(int position) const {
+Chosen Chooser::wait(int position) {
+  using Clock = std::chrono::steady_clock;
   std::atomic_ref<uint64_t> slot(mail_->slot[position % kMailSlots]);
   const auto here = [&](uint64_t v) { return v >> 32 == static_cast<uint64_t>(position); };
+  const auto begin = Clock::now();
+  const bool waits = !here(slot.load(std::memory_order_acquire));
+  const Patience::Time nap = waits ? patience_.nap() : Patience::Time{0};
+  if (nap.count()) std::this_thread::sleep_for(nap);
   for (uint64_t n = 1;; n++) {
     const uint64_t v = slot.load(std::memory_order_acquire);
     if (here(v)) {
+      if (waits) patience_.learn(std::chrono::duration_cast<Patience::Time>(Clock::now() - begin), nap.count() && n == 1);
       if (static_cast<uint32_t>(v) == UINT32_MAX) throw NoChoice();
       return {static_cast<int32_t>(v & ((1u << kMailIdBits) - 1)), static_cast<int>(static_cast<uint32_t>(v) >> kMailIdBits)};
     }
