@@ -2,7 +2,7 @@
 # Builds, tests and measures on a machine with a GPU, and ends in a short table. Exit code 1 when anything failed; what cannot run
 # here is SKIPPED and says why.
 # usage: tests/gpu.sh [--only LIST] [--bin FOLDER] [--out FOLDER] [--memory FOLDER] [--model FILE.qn] [--device WHERE]
-#   --only     parts, of: ops,check,sanitize,stories,fault,80b,80b-int8 (default: all but the last)
+#   --only     parts, of: ops,check,sanitize,stories,fault,80b,80b-int8,offload,guess (default: all but the last three)
 #   --bin      programs that are built already; nothing is built then
 #   --out      where logs, charts and the build go (default: build-gpu)
 #   --memory   where the 46 GB of the 80b parts go (default: /dev/shm)
@@ -186,6 +186,7 @@ fi
 
 needed=$((46 * 1000 * 1000))  # kB, for a file of the 80B model
 room() { df -Pk "$memory" | awk 'NR == 2 { print $4 }'; }
+cell() { awk -F'|' -v test="$2" -v n="$3" '{ gsub(/^ +| +$/, "", $7) } $7 == test { gsub(/^ +/, "", $n); print $n + 0 }' "$1"; }  # FILE TEST COLUMN
 no_room() { row SKIPPED "$1" "needs 46 GB in $memory, $(($(room) / 1000000)) GB are free (as root: mount -o remount,size=60G $memory)"; }
 
 # ---- the shapes of the 80B model, random weights: 48 layers and the MTP layer
@@ -214,10 +215,9 @@ if wanted 80b; then
     "$bin/qnext-bench" --device "$device" -m "$model" -p 512,2048,8192 -n 128 -d 0,4096,32768 -r 3 --ops 1 --verify 1,2,4,8 --plot "$out/80b.png" >"$out/80b-bench.md" 2>"$out/80b-bench.log"
     code=$?
     cat "$out/80b-bench.md" "$out/80b-bench.log"
-    cell() { awk -F'|' -v test="$1" -v n="$2" '{ gsub(/^ +| +$/, "", $7) } $7 == test { gsub(/^ +/, "", $n); print $n + 0 }' "$out/80b-bench.md"; }
     judge $code "80b, qnext-bench" "$(sed -n 's/^ *load  *//p' "$out/80b-bench.md" | head -n 1)"
     if [ $code = 0 ]; then
-      decode=$(cell "tg128 @ d4096" 8) share=$(cell "tg128 @ d4096" 12) prefill=$(cell "pp8192" 8)
+      decode=$(cell "$out/80b-bench.md" "tg128 @ d4096" 8) share=$(cell "$out/80b-bench.md" "tg128 @ d4096" 12) prefill=$(cell "$out/80b-bench.md" pp8192 8)
       holds "${decode:-0} >= 350 && ${share:-0} >= 60"
       judge $? "80b decode at depth 4096" "$decode tok/s (at least 350), $share % of the roofline (at least 60)"
       plan=$(sed -n 's/.*VRAM in use .*, \([-+0-9.]*\) % against the plan.*/\1/p' "$out/80b-bench.md" | head -n 1)
@@ -250,6 +250,71 @@ if wanted 80b-int8; then
       judge $code "80b, INT8 rest, ${kv%%:*} cache" "$(awk -F'|' '$7 ~ /tg/ { gsub(/ +/, " "); sub(/.*d/, "", $7); sub(/ ±.*/, "", $8); printf "%sd%s%s tok/s,%s%%", sep, $7, $8, $12; sep = "; " }' "$log.md")"
     done
   fi
+fi
+
+synthetic() {  # REST: makes $made
+  [ -z "$made" ] || rm -f "$made"
+  made=$memory/qnext-gpu-$1-$$.qn
+  if [ "$(room)" -lt $needed ]; then no_room "80b, $1 rest"; return 1; fi
+  "$bin/qnext-convert" --synthetic qwen3-next-80b-a3b --experts int4 --rest "$1" -o "$made" >"$out/80b-$1-convert.log" 2>&1 && return 0
+  row FAILED "80b, $1 rest, generated" "$(tail -n 1 "$out/80b-$1-convert.log")"
+  return 1
+}
+bench() {  # LOG ...: of $made
+  log=$out/$1
+  shift
+  "$bin/qnext-bench" -m "$made" "$@" >"$log.md" 2>"$log.log"
+  code=$?
+  cat "$log.md" "$log.log"
+}
+
+# ---- experts in RAM beside a part of the GPU: decode against what the bandwidths allow, and both against what --plan expected; layers on several
+# logical devices of one GPU: the same tokens, as fast; the CPU alone
+if wanted offload; then
+  near() { holds "${1:-0} / ${2:-1} <= 1.25 && ${1:-9} / ${2:-1} >= 0.75"; }  # EXPECTED MEASURED
+  for rest in bf16 int8; do
+    synthetic $rest || continue
+    for vram in 24G 16G 12G 8G; do
+      [ $rest = int8 ] || [ $vram = 24G ] || continue
+      bench "offload-$rest-$vram" --device "$device" --vram $vram -p 0 -n 192 -d 4096 -r 2 --no-draft
+      decode=$(cell "$log.md" "tg192 @ d4096" 8) expected=$(sed -n 's/.*--plan expects \([0-9.]*\) tok.*/\1/p' "$log.md")
+      share=$(sed -n 's/.*tg192 @ d4096, \([0-9]*\) % of that.*/\1/p' "$log.md") bound=$(sed -n 's/.*nothing waiting \([0-9.]*\) tok.*/\1/p' "$log.md")
+      [ $code = 0 ] && near "$expected" "$decode" && { [ $vram != 24G ] || holds "${share:-0} >= 70"; }
+      judge $? "$rest rest beside $vram, decode" "$decode tok/s, ${share:-?} % of $bound (of 24G at least 70); --plan $expected (within 25 %)"
+      bench "offload-$rest-$vram-prompts" --device "$device" --vram $vram -p 2048,8192 -n 0 -r 1 --no-draft
+      for prompt in 2048 8192; do
+        prefill=$(cell "$log.md" pp$prompt 8) expected=$(sed -n "s/.*--plan expects.* of $prompt at \([0-9.]*\).*/\1/p" "$log.md")
+        [ $code = 0 ] && near "$expected" "$prefill"
+        judge $? "$rest rest beside $vram, prompt of $prompt" "$prefill tok/s; --plan $expected (within 25 %)"
+      done
+    done
+  done
+  if [ -f "$made" ]; then
+    one= text=
+    for where in cuda:0 cuda:0,0 cuda:0,0,0; do
+      bench "split-$(echo $where | tr :, --)" --device $where -p 0 -n 128 -d 4096 -r 2 --no-draft
+      here=$("$bin/qnext-cli" --device $where -m "$made" --raw -p "Once upon a time" -n 64 --temp 0 2>>"$out/split.log" | cksum)
+      decode=$(cell "$log.md" "tg128 @ d4096" 8)
+      one=${one:-$decode} text=${text:-$here}
+      [ $code = 0 ] && [ "$here" = "$text" ] && holds "${decode:-0} / ${one:-1} >= 0.95"
+      judge $? "int8 rest on $where" "$decode tok/s (at least 95 % of one device), text $here"
+    done
+    bench split-vram --device cuda:0,0 --vram 14G,14G -p 0 -n 64 -d 4096 -r 1 --no-draft
+    judge $code "int8 rest on cuda:0,0 with 14G each" "$(cell "$log.md" "tg64 @ d4096" 8) tok/s"
+    bench cpu --device cpu -p 512 -n 32 -r 1 --no-draft
+    judge $code "int8 rest, the CPU alone" "$(cell "$log.md" tg32 8) tok/s, $(cell "$log.md" tg32 12) % of the roofline, prompt of 512 $(cell "$log.md" pp512 8) tok/s"
+  fi
+fi
+
+# ---- guessing ahead, by lottery
+if wanted guess; then
+  for rest in bf16 int8; do
+    synthetic $rest || continue
+    bench "guess-$rest" --device "$device" -p 0 -n 384 -d 4096 -r 1 --simulate-acceptance 0.2,0.7,0.8 --draft 3
+    speed() { awk -F'|' -v right="$1" -v n="$2" '$2 + 0 == right && $3 ~ " " n " *$" { print $6 + 0 }' "$log.md"; }  # RIGHT GUESSES
+    holds "$(speed 0.2 auto) >= 0.98" && [ $code = 0 ]
+    judge $? "$rest rest, guesses" "auto $(speed 0.2 auto) of plain steps (2 in 10 right, at least 0.98), $(speed 0.7 auto) (7), $(speed 0.8 auto) (8); 3: $(speed 0.7 3), $(speed 0.8 3)"
+  done
 fi
 
 echo
