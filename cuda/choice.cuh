@@ -19,7 +19,7 @@ __device__ __forceinline__ uint32_t rank_key(float v) {
 __device__ __forceinline__ float of_rank_key(uint32_t key) { return __uint_as_float(key & 0x80000000u ? key ^ 0x80000000u : ~key); }
 
 constexpr int kQuickExperts = 512;  // 16 logits per lane
-// The best have the largest keys: of a logit, and equal ones in order of the index
+// A logit and its expert: the best are the largest, of equal logits those with the lower index
 using Candidate = uint64_t;
 __device__ __forceinline__ Candidate candidate(float logit, int expert) {
   return static_cast<uint64_t>(rank_key(logit)) << 32 | ~static_cast<uint32_t>(expert);
@@ -84,6 +84,7 @@ __device__ __forceinline__ bool quick_top(Logit logit, int experts, int chosen, 
     at += __popc(all & ((1u << lane) - 1)) << bit, n += __popc(all) << bit;
   }
   if (n < chosen || n > 32) return false;
+  __syncwarp();  // the maxima, which lie there, have been read
   int32_t* experts_in = reinterpret_cast<int32_t*>(list);
 #pragma unroll 1
   for (; mine; mine &= mine - 1) {

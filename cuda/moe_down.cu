@@ -433,10 +433,13 @@ void moe_few_down(const Context& c, const MoeDownArgs& args) {
     launch(c, "moe_down", kernel, dim3(static_cast<unsigned>(a.d / kPanelRows)), dim3(static_cast<unsigned>((a.choice_warps + a.shared_warps) * 32)),
            static_cast<size_t>(shared_bytes), what);
   };
-  if (plain(args.act, args.experts) && args.shared_act == Act::BF16 && f == QuickSlab::kWidth && a.chosen <= kMaxChoices / kFewTokens && args.experts.count < 1 << 15) {
+  if (plain(args.act, args.experts) && args.shared_act == Act::BF16 && f == QuickSlab::kWidth && a.chosen <= kMaxChoices / kFewTokens &&
+      args.experts.count < 1 << 15) {
     // Up to 4 tokens: what has room beside gate_up (measured: of 8 to 16 warps with 1 or 2 slabs)
     const bool behind = args.logits && moe_gate_up_waits_first(c, a.d, count(f), args.experts.count, a.chosen), early = behind && !a.where;
-    QuickDown q{a, early ? args.logits.f32() : nullptr, behind ? rounded_inner(c, a.choices, f) : nullptr, args.experts.count, a.tokens > 4 ? 2 : 1, 0, 0, 0, 0, 0};
+    QuickDown q{};
+    q.down = a, q.logits = early ? args.logits.f32() : nullptr, q.rounded = behind ? rounded_inner(c, a.choices, f) : nullptr;
+    q.experts = args.experts.count, q.at_once = a.tokens > 4 ? 2 : 1;
     q.down.choice_warps = std::clamp(a.choices, kSumWarps, a.tokens > 4 ? 12 : a.tokens > 1 ? 10 : kMaxChoiceWarps);
     while (lay_out(q) > room && q.at_once > 1) q.at_once--;
     while (lay_out(q) > room && q.down.choice_warps > kSumWarps) q.down.choice_warps--;
