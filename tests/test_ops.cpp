@@ -560,6 +560,19 @@ TEST_CASE("CUDA: operations agree with ref") {
   agree_with_ref(devices, false);
 }
 
+static void on_the_cpu(void (*test)(Device&)) {
+  test(*make_ref_device());
+  for (Isa isa : {Isa::Scalar, Isa::Avx2, Isa::Avx512})
+    if (isa_available(isa)) test(*make_cpu_device(3, isa));
+}
+static void on_a_gpu(void (*test)(Device&)) {
+  if (list_cuda_devices().empty()) {
+    MESSAGE("SKIPPED: no GPU");
+    return;
+  }
+  test(*make_cuda_device(0, false));  // a failure names its operation
+}
+
 // A NaN among the keys or values of a token reaches every head that reads them, through a cache of any format.
 static void nan_stays(Device& device) {
   OpLimits l;
@@ -592,19 +605,8 @@ static void nan_stays(Device& device) {
       }
 }
 
-TEST_CASE("attention: NaN stays NaN, where it was") {
-  nan_stays(*make_ref_device());
-  for (Isa isa : {Isa::Scalar, Isa::Avx2, Isa::Avx512})
-    if (isa_available(isa)) nan_stays(*make_cpu_device(2, isa));
-}
-
-TEST_CASE("CUDA: attention: NaN stays NaN, where it was") {
-  if (list_cuda_devices().empty()) {
-    MESSAGE("SKIPPED: no GPU");
-    return;
-  }
-  nan_stays(*make_cuda_device(0, false));
-}
+TEST_CASE("attention: NaN stays NaN, where it was") { on_the_cpu(nan_stays); }
+TEST_CASE("CUDA: attention: NaN stays NaN, where it was") { on_a_gpu(nan_stays); }
 
 // Experts whose logit is no number come last, equal ones in order of their index; and what one row holds is nothing to the others.
 static void numbers_come_first(Device& device) {
@@ -666,19 +668,8 @@ static void numbers_come_first(Device& device) {
   }
 }
 
-TEST_CASE("experts: numbers come first, and NaN stays in its row") {
-  numbers_come_first(*make_ref_device());
-  for (Isa isa : {Isa::Scalar, Isa::Avx2, Isa::Avx512})
-    if (isa_available(isa)) numbers_come_first(*make_cpu_device(2, isa));
-}
-
-TEST_CASE("CUDA: experts: numbers come first, and NaN stays in its row") {
-  if (list_cuda_devices().empty()) {
-    MESSAGE("SKIPPED: no GPU");
-    return;
-  }
-  numbers_come_first(*make_cuda_device(0, false));
-}
+TEST_CASE("experts: numbers come first, and NaN stays in its row") { on_the_cpu(numbers_come_first); }
+TEST_CASE("CUDA: experts: numbers come first, and NaN stays in its row") { on_a_gpu(numbers_come_first); }
 
 // A call that leaves its states, taken back to any token, goes on as if the tokens behind had never been there: bit for bit.
 static void states_lead_back(Device& device) {
@@ -712,19 +703,8 @@ static void states_lead_back(Device& device) {
   }
 }
 
-TEST_CASE("delta rule: back to any token of a call, bit for bit") {
-  states_lead_back(*make_ref_device());
-  for (Isa isa : {Isa::Scalar, Isa::Avx2, Isa::Avx512})
-    if (isa_available(isa)) states_lead_back(*make_cpu_device(3, isa));
-}
-
-TEST_CASE("CUDA: delta rule: back to any token of a call, bit for bit") {
-  if (list_cuda_devices().empty()) {
-    MESSAGE("SKIPPED: no GPU");
-    return;
-  }
-  states_lead_back(*make_cuda_device(0, false));
-}
+TEST_CASE("delta rule: back to any token of a call, bit for bit") { on_the_cpu(states_lead_back); }
+TEST_CASE("CUDA: delta rule: back to any token of a call, bit for bit") { on_a_gpu(states_lead_back); }
 
 TEST_CASE("contracts refuse what does not fit") {
   const auto d = make_ref_device();
