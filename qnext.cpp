@@ -367,7 +367,7 @@ static qn::StateShape state_shape(const Model& m, int begin, int end, int ctx, D
   s.key_heads = m.info.key_heads, s.value_heads = m.info.value_heads, s.key_dim = m.info.key_dim, s.value_dim = m.info.value_dim;
   s.kv_heads = m.info.kv_heads, s.head_dim = m.info.head_dim, s.context = ctx, s.kv_type = kv_type;
   s.lagging = mtp && last;
-  s.states = draft < 0 ? qn::kMaxDraft : draft, s.conv_slots = draft ? 16 : 4;  // three that are read, and those of a pass
+  s.logs = draft != 0, s.conv_slots = draft ? 16 : 4;  // three that are read, and those of a pass
   s.tail = last ? m.info.width + m.info.vocab : 0;  // final norm of the last position, its logits
   return s;
 }
@@ -406,7 +406,7 @@ static Plan make_plan(const QnFile& file, const Model& m, const Options& o, DTyp
     r.expert_count = m.info.experts, r.slots = o.slots;
     r.expert_memory = [experts = file.experts("layers.0.moe.experts", m.info.experts, m.info.width, m.info.expert_width), layers = part.end - part.begin + (mtp && part.last)](
                           int slots) { return qn::ExpertOffload::device_bytes(layers, experts, slots); };
-    r.state = one.recurrent_bytes() * (1 + checkpoints_kept(m, kv_type, *std::ranges::min_element(budgets))) + one.states_bytes() + (part.last ? qn::Decoder::bytes(m.info.width) : 0);
+    r.state = one.recurrent_bytes() * (1 + checkpoints_kept(m, kv_type, *std::ranges::min_element(budgets))) + one.log_bytes() + (part.last ? qn::Decoder::bytes(m.info.width) : 0);
     r.per_position = one.kv_bytes();
     r.model_context = m.info.context, r.ctx = o.ctx, r.ubatch = o.ubatch;
     r.scratch = [&m, &part, kv_type](int ubatch, int ctx) {
@@ -634,11 +634,11 @@ struct Session::Stage : qn::PipelineStage {
 
   qn::Rope rope() const { return {view(part.inv_freq.data(), DType::F32, m.info.rotary_dim / 2), m.rope_scale}; }
 
-  // A decoder layer on (T, D), `index` in the model. keep: the states between tokens, too. wanted: rows at the end that need more than a place in the state.
-  void run_layer(const Layer& l, int index, const Tensor& all, const StepParams* at, bool keep = false, int64_t wanted = INT64_MAX) {
+  // A decoder layer on (T, D), `index` in the model. log: the tokens, too. wanted: rows at the end that need more than a place in the state.
+  void run_layer(const Layer& l, int index, const Tensor& all, const StepParams* at, bool log = false, int64_t wanted = INT64_MAX) {
     const int i = index - part.begin;
     if (l.attention) qn::gated_attention(device, l.attn, scratch.attn, all, state.cache(i), rope(), at, m.eps, e.act);
-    else qn::gated_delta_net(device, l.delta, scratch.delta, all, state.conv_ring(i), state.delta(i), keep ? state.states(i) : Tensor(), at, m.eps, e.act);
+    else qn::gated_delta_net(device, l.delta, scratch.delta, all, state.conv_ring(i), state.delta(i), log ? state.log(i) : Tensor(), at, m.eps, e.act);
     const Tensor x = wanted < all.rows() ? all.slice(all.rows() - wanted, wanted) : all;
     qn::sparse_moe(device, l.moe, scratch.moe, x, m.eps, e.act, part.offload && x.rows() <= qn::kPlacedTokens ? e.placed_act : e.act,
                    index + 1 < part.end ? &m.layers[static_cast<size_t>(index) + 1].moe : nullptr);
@@ -656,7 +656,7 @@ struct Session::Stage : qn::PipelineStage {
   float* last_logits() const { return state.tail() + m.info.width; }  // (V)
 
   // The layers of this stage on h, where the stage before has left its result; the first begins with the embedding.
-  void layers(int n, bool keep = false) {
+  void layers(int n, bool log = false) {
     const Tensor x = h.slice(0, n);
     if (part.first) {
       qn::EmbedArgs em;
@@ -667,7 +667,7 @@ struct Session::Stage : qn::PipelineStage {
     for (int i = part.begin; i < part.end; i++) {
       if (part.offload && n > qn::kPlacedTokens)  // a layer's experts come while the one before computes
         for (int next = i == part.begin ? i : i + 1; next < std::min(i + 2, part.end); next++) device.stage_experts(m.layers[static_cast<size_t>(next)].moe.experts);
-      run_layer(m.layers[static_cast<size_t>(i)], i, x, &step[0], keep);
+      run_layer(m.layers[static_cast<size_t>(i)], i, x, &step[0], log);
       trace(i, "layer", x);
     }
   }
@@ -707,7 +707,7 @@ struct Session::Stage : qn::PipelineStage {
   }
 
   void give_to(qn::DecoderModel& d) {  // what the last stage has
-    const int rows = std::min({static_cast<int>(h.rows()), kRecorded, state.shape().states + 1});
+    const int draft = e.options.draft < 0 ? qn::kMaxDraft : e.options.draft, rows = std::min({static_cast<int>(h.rows()), kRecorded, draft + 1});
     d.chooser = chooser ? &chooser : nullptr, d.hidden = hidden.slice(1, rows), d.logits = logit_rows, d.embedded = embedded, d.x = h;
     d.mtp = m.mtp, d.eps = m.eps, d.act = e.act;
     if (e.mtp) d.layer = [this](const Tensor& x, const StepParams* at, int wanted) { run_layer(m.mtp_layer, m.info.layers, x, at, false, wanted); };

@@ -478,6 +478,7 @@ class CudaDevice final : public Device {
     done("norm_matmul");
   }
   void do_delta_net(const DeltaNetArgs& a) override { cuda::delta_net(context_, a), done("delta_net"); }
+  void do_delta_replay(const DeltaReplayArgs& a) override { cuda::delta_replay(context_, a), done("delta_replay"); }
   void do_gated_norm_matmul(const GatedNormMatmulArgs& a) override {
     few(a.o.rows()) ? matvec_gated_norm(context_, a) : matmul_gated_norm(context_, a);
     done("gated_norm_matmul");

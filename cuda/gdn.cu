@@ -10,9 +10,9 @@
 //
 // (Long calls go in chunks of 64 on tensor cores, gdn_chunk.cu, unless Act::F32 forbids their rounding.)
 //
-// Few tokens: one kernel, token by token. Each block convolves the q and k it needs (128 channels each) again: that is cheaper
-// than a kernel more. Many tokens: one kernel prepares q, k, v and small matrices for groups of eight tokens, a second one
-// takes S through the groups: its two passes over S serve eight tokens, and only one sum over lanes does.
+// Few tokens: one kernel, first over what counts of the log, then token by token. Each block convolves the q and k it needs (128
+// channels each) again: that is cheaper than a kernel more. Many tokens: one kernel prepares q, k, v and small matrices for groups of
+// eight tokens, a second one takes S through the groups: its two passes over S serve eight tokens, and only one sum over lanes does.
 //
 // The group form. In a group with decays alpha_i let D_ij = alpha_(j+1) ... alpha_i for j <= i and a_i = alpha_0 ... alpha_i. Then
 //
@@ -22,6 +22,8 @@
 //
 // D is formed of products, not of differences of summed logarithms: those lose digits after a token that forgets nearly all.
 // A group's missing tokens have k = q = v = 0, beta = 0, alpha = 1 and change nothing.
+//
+// A log holds k as the convolution leaves it and u over its length. Rows of it that blocks read and rows that they write are others.
 //
 // The ring of convolution inputs is read by several blocks, at positions pos-3 .. pos-1. With tokens + 3 slots or more the new
 // inputs go elsewhere and the kernel itself stores them, one block per channel; otherwise a kernel behind it does.
@@ -54,6 +56,29 @@ __device__ __forceinline__ float sum_of_8_over_16_lanes(float (&x)[8], int lane)
   return x[0] + __shfl_xor_sync(0xffffffffu, x[0], 1);
 }
 
+// Four columns of a row of S over a token
+__device__ __forceinline__ void take_over(float4& s, float alpha, float k, const float4& u) {
+  s = make_float4(fmaf(k, u.x, alpha * s.x), fmaf(k, u.y, alpha * s.y), fmaf(k, u.z, alpha * s.z), fmaf(k, u.w, alpha * s.w));
+}
+// ... over those of the log, `count` before pos
+__device__ __forceinline__ void replay(const Delta& a, float4& s, int pos, int count, int head, int row, int column) {
+  for (int p = pos - count; p < pos; p++) {
+    const float *at = a.logged(p), *u = at + a.log_of(head);
+    take_over(s, u[a.dv], at[head / (a.gv / a.gk) * a.dk + row], *reinterpret_cast<const float4*>(u + column));
+  }
+}
+// Grid: DK * DV / 1024 x GV
+__global__ void __launch_bounds__(256) delta_replay_k(const Delta a, int pos, int count) {
+  let_next_start();
+  wait_for_previous();
+  const int head = static_cast<int>(blockIdx.y), i = static_cast<int>(blockIdx.x * 256 + threadIdx.x) * 4;
+  if (i >= a.dk * a.dv) return;
+  float4* const at = reinterpret_cast<float4*>(a.state + static_cast<int64_t>(head) * a.dk * a.dv + i);
+  float4 s = *at;
+  replay(a, s, pos, count, head, i / a.dv, i % a.dv);
+  *at = s;
+}
+
 // State and ring are brought to the L2 cache before wait_for_previous(). That reads no value, and the L2 cache is where all
 // multiprocessors meet: a line that an earlier kernel writes later is not stale there. Loading S into registers that early cannot
 // be shown to be right. A kernel may start when all blocks of the one before have started, that one when all blocks of the one
@@ -72,15 +97,21 @@ __global__ void __launch_bounds__(kThreads, 1) delta_net_few_k(const Delta a) {
   float2* const kq = reinterpret_cast<float2*>(shared);                   // (Tokens, DK) of k, q: convolved, not yet normalised
   float4* const sums = reinterpret_cast<float4*>(kq + Tokens * dk);       // (Tokens, kWarps) of |k|^2, |q|^2, k.q
   float2* const gate = reinterpret_cast<float2*>(sums + Tokens * kWarps);  // (Tokens) of alpha, beta
-  float* const v = reinterpret_cast<float*>(gate + Tokens);               // (Tokens, kThreads): each thread has its own
+  float* const v = reinterpret_cast<float*>(gate + (Tokens + 1) / 2 * 2);  // (Tokens, kThreads): each thread has its own
+  float* const old_k = v + Tokens * kThreads;                             // (kDeltaLogTokens, DK) of the log, if Rows > 0
+  float* const old_u = old_k + kDeltaLogTokens * dk;                      // (kDeltaLogTokens, kColumns + 4): u, alpha, three unused
 
   const int my_column = warp * 8 + lane / 16 * 4 + lane / 2 % 4;  // whose sums end in this lane
   const int64_t q0 = static_cast<int64_t>(key) * dk, k0 = q0 + static_cast<int64_t>(a.gk) * dk;
   const int64_t v0 = 2ll * a.gk * dk + head * a.dv + column;
   float* const o = a.o + head * a.dv + column + my_column;
-  const int64_t my_s = static_cast<int64_t>(head) * dk * a.dv + column + warp * 8 + lane / 16 * 4, all_s = static_cast<int64_t>(a.gv) * dk * a.dv;
+  const int my_columns = warp * 8 + lane / 16 * 4;
+  const int64_t my_s = static_cast<int64_t>(head) * dk * a.dv + column + my_columns;
   auto row_of = [&](float* s, int i) { return reinterpret_cast<float4*>(s + my_s + static_cast<int64_t>(16 * i + low) * a.dv); };
-  auto s_row = [&](int i) { return row_of(a.state, i); };
+  const bool logs = Tokens > 1 && a.log && a.tokens > 1;
+  float* const work = Rows == 0 && logs ? a.work : a.state;
+  auto s_row = [&](int i) { return row_of(work, i); };
+  const int log_u = a.log_of(head);
 
   const bool gates_o = Rows > 0 && a.gated.o;  // then DV is kDim
   const float* const z_at = gates_o ? a.z + head * a.dv + column + my_column : a.qkv;
@@ -91,11 +122,8 @@ __global__ void __launch_bounds__(kThreads, 1) delta_net_few_k(const Delta a) {
 
     static_assert(16 * Rows == kThreads, "a thread convolves one q and one k");
     w[0] = taps(a, q0 + tid), w[1] = taps(a, k0 + tid), w[2] = taps(a, v0 + my_column);
-    // Where the last pass was right in part, S begins inside of it. That place may be yet to be written here; then the wrong one is prefetched.
-    const int likely = a.states ? load_past_l1(&a.step->from) : 0;
-    const float* const soon = likely > 0 && likely <= a.kept ? a.states + (likely - 1) * all_s : a.state;
 #pragma unroll
-    for (int i = 0; i < kColumns; i += 8) prefetch_l2(soon + (static_cast<int64_t>(head) * dk + tid) * a.dv + column + i);
+    for (int i = 0; i < kColumns; i += 8) prefetch_l2(a.state + (static_cast<int64_t>(head) * dk + tid) * a.dv + column + i);
     if (a.slots == 4) {  // warp: slot
       prefetch_l2(a.ring + warp * a.channels() + (lane < 16 ? q0 : k0) + 8 * low);
       if (lane < kColumns / 8) prefetch_l2(a.ring + warp * a.channels() + v0 + 8 * lane);
@@ -105,12 +133,24 @@ __global__ void __launch_bounds__(kThreads, 1) delta_net_few_k(const Delta a) {
   let_next_start();  // S is on its way; what the next one reads has the time that this one computes
   if (tid < 4) prefetch_l2(tid == 0 ? a.qkv : tid == 1 ? a.ba : tid == 2 ? a.o : reinterpret_cast<const float*>(a.step));
   if (tid == 4) prefetch_l2(norm_at);
+  if (Rows > 0 && a.slots > 4) {  // what step says may be what it said in the last pass; then the wrong rows are prefetched
+    const int soon = load_past_l1(&a.step->pos), some = a.log ? min(load_past_l1(&a.step->from), kDeltaLogTokens) : 0;
+    if (warp < 3 && lane < 9)
+      prefetch_l2(a.ring + ((soon - 3 + warp) & (a.slots - 1)) * a.channels() + (lane < 4 ? q0 + 32 * lane : lane < 8 ? k0 + 32 * (lane - 4) : v0));
+    for (int j = warp; j < some; j += kWarps)
+      if (lane <= dk / 32) prefetch_l2(a.logged(soon - some + j) + (lane < dk / 32 ? q0 + 32 * lane : log_u + column));
+  }
   wait_for_previous();
 
-  const int pos = a.step->pos, from = a.step->from;  // both at once, no branch between
-  // What S begins with. A block reads its columns there before it writes any, and no other block touches them.
-  float* const begin = a.states && from > 0 ? a.states + (from - 1) * all_s : a.state;
-  float4 s[Rows > 0 ? Rows : 1];
+  const int pos = a.step->pos, from = a.log ? a.step->from : 0;  // both at once, no branch between
+  float4 s[Rows > 0 ? Rows : 1];  // a block's columns are its own: it reads them before it writes any, and no other block touches them
+  if constexpr (Rows == 0) {
+    for (int i = 0; (from > 0 || logs) && i < dk / 16; i++) {
+      float4 m = *row_of(a.state, i);
+      replay(a, m, pos, from, head, 16 * i + low, column + my_columns);
+      *row_of(a.state, i) = *s_row(i) = m;
+    }
+  }
   for (int first = 0; first < (Rows > 0 ? 1 : a.tokens); first += Tokens) {
     const int my_token = first + kThreads - 1 - tid;  // the last threads have a token's gates
     const bool has_gate = my_token < min(first + Tokens, a.tokens);
@@ -131,7 +171,13 @@ __global__ void __launch_bounds__(kThreads, 1) delta_net_few_k(const Delta a) {
       }
       if constexpr (Rows > 0) {  // loads are served in the order of asking, and these come from DRAM
 #pragma unroll
-        for (int i = 0; i < Rows; i++) s[i] = *row_of(begin, i);
+        for (int i = 0; i < Rows; i++) s[i] = *s_row(i);
+        for (int j = warp; j < from; j += kWarps) {
+          const float* const row = a.logged(pos - from + j);
+          copy_async16(old_k + j * dk + 4 * lane, row + q0 + 4 * lane);
+          if (lane <= kColumns / 4) copy_async16(old_u + j * (kColumns + 4) + 4 * lane, row + log_u + (lane < kColumns / 4 ? column + 4 * lane : a.dv));
+        }
+        copy_async_commit();
       }
       if (d == tid && has_gate) gate[kThreads - 1 - tid] = gates(b, decay, neg_a, dt_bias);
       in.choose(a, pos, first);
@@ -147,7 +193,10 @@ __global__ void __launch_bounds__(kThreads, 1) delta_net_few_k(const Delta a) {
         }
         if (a.ring_inside && first + i < a.tokens) {
           float* const slot = a.ring + ((pos + first + i) & (a.slots - 1)) * a.channels();
-          if (column == 0 && head % per_key == 0 && has_kq) slot[channel[0]] = x[0][i + 3], slot[channel[1]] = x[1][i + 3];
+          if (column == 0 && head % per_key == 0 && has_kq) {
+            slot[channel[0]] = x[0][i + 3], slot[channel[1]] = x[1][i + 3];
+            if (logs) a.logged(pos + first + i)[channel[0]] = k;
+          }
           if (d == tid && (lane & 9) == 0) slot[channel[2]] = x[2][i + 3];
         }
       }
@@ -157,7 +206,20 @@ __global__ void __launch_bounds__(kThreads, 1) delta_net_few_k(const Delta a) {
       const float4 sum = make_float4(warp_sum(kk[i]), warp_sum(qq[i]), warp_sum(dots[i]), 0.f);
       if (lane == 0) sums[i * kWarps + warp] = sum;
     }
+    if constexpr (Rows > 0) copy_async_wait<0>();
     __syncthreads();
+    if constexpr (Rows > 0) {
+#pragma unroll 1
+      for (int j = 0; j < from; j++) {
+        const float4 u = *reinterpret_cast<const float4*>(old_u + j * (kColumns + 4) + my_columns);
+        const float alpha = old_u[j * (kColumns + 4) + kColumns];
+#pragma unroll
+        for (int i = 0; i < Rows; i++) take_over(s[i], alpha, old_k[j * dk + 16 * i + low], u);
+      }
+      if (logs && from > 0)
+#pragma unroll
+        for (int i = 0; i < Rows; i++) __stwb(s_row(i), s[i]);
+    }
 
     for (int t = 0; t < min(Tokens, a.tokens - first); t++) {
       float4 sum = sums[t * kWarps];
@@ -173,7 +235,7 @@ __global__ void __launch_bounds__(kThreads, 1) delta_net_few_k(const Delta a) {
 #pragma unroll
       for (int i = 0; i < (Rows > 0 ? Rows : dk / 16); i++) {
         const float2 x = kq_t[16 * i];
-        const float4 m = Rows > 0 ? s[Rows > 0 ? i : 0] : *row_of(first + t == 0 ? begin : a.state, i);
+        const float4 m = Rows > 0 ? s[Rows > 0 ? i : 0] : *s_row(i);
         pr[0] = fmaf(m.x, x.x, pr[0]), pr[1] = fmaf(m.y, x.x, pr[1]), pr[2] = fmaf(m.z, x.x, pr[2]), pr[3] = fmaf(m.w, x.x, pr[3]);
         pr[4] = fmaf(m.x, x.y, pr[4]), pr[5] = fmaf(m.y, x.y, pr[5]), pr[6] = fmaf(m.z, x.y, pr[6]), pr[7] = fmaf(m.w, x.y, pr[7]);
       }
@@ -194,28 +256,30 @@ __global__ void __launch_bounds__(kThreads, 1) delta_net_few_k(const Delta a) {
         if (lane == 8) a.gated.squares[(static_cast<int64_t>(t) * a.gv + head) * Gated::kParts + blockIdx.x * kWarps + warp] = square;
       }
       const float ku = k_scale * u;
+      if (logs) {
+        float* const row = a.logged(pos + first + t) + log_u;
+        if ((lane & 9) == 0) row[column + my_column] = ku;
+        if (column == 0 && tid == 1) row[a.dv] = alpha;
+        if (first + t + 1 == a.tokens) break;
+      }
       const float u0 = __shfl_sync(0xffffffffu, ku, lane & 16), u1 = __shfl_sync(0xffffffffu, ku, (lane & 16) + 2);
       const float u2 = __shfl_sync(0xffffffffu, ku, (lane & 16) + 4), u3 = __shfl_sync(0xffffffffu, ku, (lane & 16) + 6);
 #pragma unroll
       for (int i = 0; i < (Rows > 0 ? Rows : dk / 16); i++) {
-        const float k = kq_t[16 * i].x;
-        const float4 m = Rows > 0 ? s[Rows > 0 ? i : 0] : *row_of(first + t == 0 ? begin : a.state, i);
-        const float4 next = make_float4(fmaf(k, u0, alpha * m.x), fmaf(k, u1, alpha * m.y), fmaf(k, u2, alpha * m.z), fmaf(k, u3, alpha * m.w));
-        if constexpr (Rows > 0) s[i] = next;
-        else *s_row(i) = next;
-        if (Tokens > 1 && a.states && first + t + 1 < a.tokens) __stwb(row_of(a.states + (first + t) * all_s, i), next);
+        take_over(Rows > 0 ? s[Rows > 0 ? i : 0] : *s_row(i), alpha, kq_t[16 * i].x, make_float4(u0, u1, u2, u3));
       }
     }
     if constexpr (Rows == 0) __syncthreads();  // before the next tokens' q and k
   }
-  if constexpr (Rows > 0) {
+  if (Rows > 0 && !logs) {
 #pragma unroll
     for (int i = 0; i < Rows; i++) __stwb(s_row(i), s[i]);  // as an assignment the compiler may cut it into four (4 us a layer)
   }
 }
 
-size_t few_shared(int tokens, int dk) {
-  return static_cast<size_t>(tokens) * (static_cast<size_t>(dk) * 8 + kWarps * 16 + 8 + kThreads * 4);
+size_t few_shared(int tokens, int dk, bool log) {
+  return static_cast<size_t>(tokens) * (static_cast<size_t>(dk) * 8 + kWarps * 16 + 8 + kThreads * 4) + 8 +
+         (log ? kDeltaLogTokens * (static_cast<size_t>(dk) + kColumns + 4) * 4 : 0);
 }
 
 // ---- many tokens --------------------------------------------------------------------------------------------------------
@@ -500,13 +564,13 @@ void delta_net(const Context& c, const DeltaNetArgs& args) {
   a.qkv = args.qkv.f32(), a.qkv_stride = args.qkv.row_stride, a.ba = args.ba.f32();
   a.conv = args.conv.data, a.conv_bf16 = args.conv.dtype == DType::BF16;
   a.neg_a = args.neg_a.f32(), a.dt_bias = args.dt_bias.f32();
-  a.ring = args.conv_ring.f32(), a.state = args.state.f32(), a.states = args.states.f32(), a.o = args.o.f32(), a.step = args.step;
+  a.ring = args.conv_ring.f32(), a.state = args.state.f32(), a.log = args.log.f32(), a.o = args.o.f32(), a.step = args.step;
   a.tokens = static_cast<int>(args.qkv.rows()), a.slots = static_cast<int>(args.conv_ring.rows());
-  a.kept = args.states ? static_cast<int>(args.states.shape[0]) : 0;
+  a.log_width = static_cast<int>(args.log.cols());
   a.gk = args.key_heads, a.gv = args.value_heads;
   a.dk = static_cast<int>(args.state.shape[1]), a.dv = static_cast<int>(args.state.shape[2]);
-  for (const void* p : {a.conv, static_cast<const void*>(a.state), static_cast<const void*>(a.states), static_cast<const void*>(a.o)})
-    QN_CHECK(reinterpret_cast<uintptr_t>(p) % 16 == 0, "delta_net: conv, state, states and o must be aligned to 16 bytes, got %p", p);
+  for (const void* p : {a.conv, static_cast<const void*>(a.state), static_cast<const void*>(a.log), static_cast<const void*>(a.o)})
+    QN_CHECK(reinterpret_cast<uintptr_t>(p) % 16 == 0, "delta_net: conv, state, log and o must be aligned to 16 bytes, got %p", p);
 
   a.z = args.z.f32(), a.z_stride = args.z.row_stride, a.out_norm = args.out_norm.f32();
   if (args.z && a.tokens <= kFewTokens) a.gated = take_gated(c, a.tokens, a.gv, a.dk, a.dv);
@@ -526,7 +590,8 @@ void delta_net(const Context& c, const DeltaNetArgs& args) {
     }
   } else if (!many) {
     const int tokens = !fast || a.tokens > 4 ? kFewTokens : a.tokens > 2 ? 4 : a.tokens;  // of the instance
-    const size_t bytes = few_shared(tokens, a.dk);
+    const size_t bytes = few_shared(tokens, a.dk, a.log && fast);
+    if (!fast) a.work = Scratch(c).take<float>(static_cast<int64_t>(a.gv) * a.dk * a.dv);
     QN_CHECK(bytes <= c.shared_max, "delta_net: keys of width %d need %zu bytes of shared memory, not %zu", a.dk, bytes, c.shared_max);
     constexpr int kRows = kDim / 16;
     const auto kernel = !fast         ? delta_net_few_k<0, kFewTokens>
@@ -542,11 +607,21 @@ void delta_net(const Context& c, const DeltaNetArgs& args) {
   }
 }
 
+void delta_replay(const Context& c, const DeltaReplayArgs& args) {
+  Delta a{};
+  a.state = args.state.f32(), a.log = args.log.f32(), a.log_width = static_cast<int>(args.log.cols());
+  a.gk = args.key_heads, a.gv = static_cast<int>(args.state.rows());
+  a.dk = static_cast<int>(args.state.shape[1]), a.dv = static_cast<int>(args.state.shape[2]);
+  const dim3 grid(static_cast<unsigned>((a.dk * a.dv + 1023) / 1024), static_cast<unsigned>(a.gv));
+  launch(c, "delta_replay", delta_replay_k, grid, dim3(256), 0, a, args.pos, args.count);
+}
+
 size_t delta_net_scratch(const OpLimits& l) {
   Scratch s;
   if (l.key_dim == kDim && l.tokens > kFewTokens) take_prepared(s, l.tokens, l.key_heads, l.value_heads, l.value_dim);
   Scratch gated;
   gated.take<float>(kFewTokens * l.value_heads * l.value_dim), gated.take<float>(kFewTokens * l.value_heads * Gated::kParts);
+  if (l.key_dim != kDim) gated.take<float>(l.value_heads * l.key_dim * l.value_dim);
   return std::max({s.used(), gated.used(), delta_net_chunks_scratch(l)});
 }
 

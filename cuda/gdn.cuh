@@ -14,15 +14,18 @@ struct Delta {
   const float *neg_a, *dt_bias;  // (GV)
   float* ring;   // (slots, CH)
   float* state;  // (GV, DK, DV)
-  float* states; // (slots, GV, DK, DV) or null: see DeltaNetArgs
+  float* log;    // (kDeltaLogRows, log_width) or null: see DeltaNetArgs
+  float* work;   // like state: scratch of calls that leave it, when S is not in registers
   float* o;      // (T, GV*DV)
   const float *z, *out_norm;  // (T, GV*DV) rows z_stride apart, (DV); null: the output is not gated here
   int64_t z_stride;
   Gated gated;
   const StepParams* step;
-  int tokens, slots, kept, gk, gv, dk, dv;  // kept: slots of `states`
+  int tokens, slots, log_width, gk, gv, dk, dv;
   bool conv_bf16, ring_inside;  // ring_inside: the kernel for few tokens stores the new inputs
   __device__ int64_t channels() const { return 2 * gk * dk + gv * dv; }
+  __device__ float* logged(int pos) const { return log + static_cast<int64_t>(pos & (kDeltaLogRows - 1)) * log_width; }
+  __device__ int log_of(int head) const { return gk * dk + head * (dv + 4); }  // u and alpha of a value head, in a row
 };
 
 // ---- convolution and gates ----------------------------------------------------------------------------------------------

@@ -115,6 +115,7 @@ size_t moe_prefill_scratch(const OpLimits&);
 
 // ---- gdn.cu, gdn_chunk.cu
 void delta_net(const Context&, const DeltaNetArgs&);
+void delta_replay(const Context&, const DeltaReplayArgs&);
 // What delta_net leaves of few tokens for gated_norm_matmul, when that is the next operation and its z is known: every block of a product would
 // read both o and z, and gate. It lies where scratch memory begins; null where the shapes are others.
 struct Gated {

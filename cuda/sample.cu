@@ -386,7 +386,7 @@ __device__ void finish(const Input& in, const uint64_t* left, int rows, int64_t 
   const int32_t id = chosen[more] == kNone ? 0 : static_cast<int32_t>(chosen[more]);
   in.ids[0] = id;
   if (p < in.context) in.history[p] = id;
-  *in.step = {static_cast<int32_t>(p) - in.ahead, 1, more + 1 < rows ? more + 1 : 0};
+  *in.step = {static_cast<int32_t>(p) - in.ahead, 1, rows > 1 ? more + 1 : 0};
   if (!in.mail) return;
   for (int i = more; i >= 0; i--) {
     if (i == more || i == 0) __threadfence_system();

@@ -10,7 +10,7 @@
 #include "convert/synthetic.h"
 
 int main(int argc, char** argv) {
-  if (argc < 2) return std::fprintf(stderr, "usage: make_sparse FOLDER [LAYERS]\n"), 2;
+  if (argc < 2 || argv[1][0] == '-') return std::fprintf(stderr, "usage: make_sparse FOLDER [LAYERS]\n"), 2;
   const std::filesystem::path folder = argv[1];
   const int layers = argc > 2 ? std::atoi(argv[2]) : 4;
   try {

@@ -242,9 +242,9 @@ void norm_matmul_case(std::vector<Case>& out, Format f, Act act, int64_t t, int6
 }
 
 void delta_case(std::vector<Case>& out, int pos, int64_t t, int gk, int gv, int64_t dk, int64_t dv, DType conv, int64_t slots = 4,
-                Act act = Act::F32, int64_t states = 0, int from = 0) {
+                Act act = Act::F32, bool logs = false, int from = 0) {
   out.push_back({label("delta_net", {conv, 0}, act, {{"pos", pos}, {"T", t}, {"GK", gk}, {"GV", gv}, {"DK", dk}, {"DV", dv}, {"slots", slots}}) +
-                     (states ? " states=" + std::to_string(states) + " from=" + std::to_string(from) : ""),
+                     (logs ? " log from=" + std::to_string(from) : ""),
                  act, [=](Device& d, Bench& b) {
                    const int64_t ch = 2 * gk * dk + gv * dv;
                    DeltaNetArgs a;
@@ -262,9 +262,15 @@ void delta_case(std::vector<Case>& out, int pos, int64_t t, int gk, int gv, int6
                    a.conv_ring = b.out("ring", slots, ch, 0, ring);
                    a.state = b.out("state", gv, dk, dv, state);
                    a.o = b.out("o", t, gv * dv);
-                   if (states) a.states = view(b.out("states", states * gv, dk, dv, b.normals(states * gv * dk * dv, 0.1f)).data, DType::F32, states, gv, dk, dv);
+                   if (logs) {
+                     const int64_t width = delta_log_width(gk, gv, dk, dv);
+                     Floats log = b.normals(kDeltaLogRows * width, 0.3f);
+                     for (int64_t i = 0; i < kDeltaLogRows * gv; i++) log[static_cast<size_t>(i / gv * width + gk * dk + i % gv * (dv + 4) + dv)] = b.uniform(0, 1);
+                     a.log = b.in(log, kDeltaLogRows, width);
+                   }
                    a.key_heads = gk, a.value_heads = gv, a.act = act, a.step = b.step(pos, static_cast<int>(t), from);
                    d.delta_net(a);
+                   if (logs && t > 1) d.delta_replay({a.log, a.state, gk, pos + static_cast<int>(t), static_cast<int>(t)});
                  }, false, act != Act::F32});
 }
 
@@ -436,9 +442,9 @@ std::vector<Case> table() {
     for (int64_t t : {1, 2, 3, 4, 5, 8, 63, 64, 65, 127}) delta_case(c, 0, t, 2, 4, 128, 128, conv);
     for (int pos : {1, 2, 3, 4, 61, 64}) delta_case(c, pos, pos % 2 ? 1 : 67, 1, 2, 128, 128, conv);
     for (int64_t t = 1; t <= 8; t++) delta_case(c, t % 2 ? static_cast<int>(13 * t) : 0, t, 4, 8, 128, 128, conv, 16);
-    for (int64_t t : {1, 2, 5, 8})  // the state after every token, beginning with each kind
-      for (int from : {0, 1, 4, 7}) delta_case(c, 40, t, 2, 4, 128, 128, conv, 16, Act::F32, 7, from);
-    for (int from : {0, 2}) delta_case(c, 11, 3, 1, 3, 32, 96, conv, 16, Act::F32, 2, from);
+    for (int64_t t : {1, 2, 3, 5, 8})  // with a log, of which some counts
+      for (int from : {0, 1, 4, 5, 8}) delta_case(c, 40, t, 2, 4, 128, 128, conv, 16, Act::F32, true, from);
+    for (int from : {0, 2, 7}) delta_case(c, 11, 3, 1, 3, 32, 96, conv, 16, Act::F32, true, from);
     for (int64_t t : {1, 9, 127, 128, 129, 160, 191, 192}) delta_case(c, t % 2 ? 0 : 70, t, 2, t == 129 ? 2 : 4, 128, 128, conv, t == 191 ? 16 : 4, Act::BF16);
     for (int pos : {1, 2, 3}) delta_case(c, pos, 128 + pos, 1, 3, 128, 128, conv, 4, Act::BF16);
     delta_case(c, 7, 3, 2, 2, 64, 32, conv);
@@ -671,21 +677,22 @@ static void numbers_come_first(Device& device) {
 TEST_CASE("experts: numbers come first, and NaN stays in its row") { on_the_cpu(numbers_come_first); }
 TEST_CASE("CUDA: experts: numbers come first, and NaN stays in its row") { on_a_gpu(numbers_come_first); }
 
-// A call that leaves its states, taken back to any token, goes on as if the tokens behind had never been there: bit for bit.
-static void states_lead_back(Device& device) {
+// A call that logs its tokens, taken back to any token, goes on as if the tokens behind had never been there: bit for bit.
+static void logs_lead_back(Device& device) {
   OpLimits l;
   l.tokens = 8, l.width = 4096, l.value_heads = 4, l.key_heads = 2, l.key_dim = 128, l.value_dim = 128;
   device.reserve(l);
   for (const auto& [dk, dv] : {std::pair<int64_t, int64_t>{128, 128}, {32, 64}}) {
     constexpr int kGk = 2, kGv = 4, kStart = 21;
     const int64_t ch = 2 * kGk * dk + kGv * dv;
-    const auto step_by = [&](int first, int again) {  // `first` tokens, of which `again` are kept, then three others; the states at the end
+    const auto step_by = [&](int first, int again) {  // `first` tokens, of which `again` are kept, then three others; the state at the end
       Bench b(device, 77);
       const Floats qkv = b.normals(11 * ch, 1), ba = b.normals(11 * 2 * kGv, 2);
       DeltaNetArgs a;
       a.conv = b.weights(DType::F32, ch, 4, 0, 0.5f), a.neg_a = b.in(Floats(kGv, -0.3f), kGv), a.dt_bias = b.in(Floats(kGv, 0.1f), kGv);
       a.conv_ring = b.out("ring", 16, ch, 0, b.normals(16 * ch, 1)), a.state = b.out("state", kGv, dk, dv, b.normals(kGv * dk * dv, 0.1f));
-      a.states = view(b.out("states", 7 * kGv, dk, dv, Floats(static_cast<size_t>(7 * kGv * dk * dv), 1.f)).data, DType::F32, 7, kGv, dk, dv);
+      const int64_t width = delta_log_width(kGk, kGv, dk, dv);
+      a.log = b.in(Floats(static_cast<size_t>(kDeltaLogRows * width), 1.f), kDeltaLogRows, width);
       a.key_heads = kGk, a.value_heads = kGv;
       const auto call = [&](int row, int tokens, int pos, int from, const char* name) {
         a.qkv = b.in(Floats(qkv.begin() + row * ch, qkv.begin() + (row + tokens) * ch), tokens, ch);
@@ -694,7 +701,8 @@ static void states_lead_back(Device& device) {
         device.delta_net(a);
       };
       call(0, first, kStart, 0, "o1");
-      call(8, 3, kStart + again, again < first ? again : 0, "o2");
+      call(8, 3, kStart + again, first > 1 ? again : 0, "o2");
+      device.delta_replay({a.log, a.state, kGk, kStart + again + 3, 3});
       Outputs all = b.finish();
       return std::pair(all.back().after, all[1].after);  // o of the three, S
     };
@@ -703,8 +711,8 @@ static void states_lead_back(Device& device) {
   }
 }
 
-TEST_CASE("delta rule: back to any token of a call, bit for bit") { on_the_cpu(states_lead_back); }
-TEST_CASE("CUDA: delta rule: back to any token of a call, bit for bit") { on_a_gpu(states_lead_back); }
+TEST_CASE("delta rule: back to any token of a call, bit for bit") { on_the_cpu(logs_lead_back); }
+TEST_CASE("CUDA: delta rule: back to any token of a call, bit for bit") { on_a_gpu(logs_lead_back); }
 
 TEST_CASE("contracts refuse what does not fit") {
   const auto d = make_ref_device();

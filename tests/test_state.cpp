@@ -77,17 +77,22 @@ TEST_CASE("a passing checkpoint is replaced by the next and outlived by the othe
 TEST_CASE("a place inside of a pass: settled, or a checkpoint of it; the hash sees only what will be read") {
   const auto device = make_ref_device();
   StateShape with = shape();
-  with.states = 3, with.conv_slots = 16;
-  CHECK(with.states_bytes() == 2 * 3 * 2 * 32 * 32 * 4);
+  with.logs = true, with.conv_slots = 16;
+  const int64_t keys = with.key_heads * 32, width = keys + 2 * 36;
+  CHECK(with.log_bytes() == static_cast<uint64_t>(2 * kDeltaLogRows * width * 4));
   HybridState s(*device, with, 3);
-  CHECK(s.states(0).shape[0] == 3);
-  CHECK(!HybridState(*device, shape(), 3).states(0));
+  CHECK(s.log(0).cols() == width);
+  CHECK(!HybridState(*device, shape(), 3).log(0));
   const std::vector<float> tail = {1, 2, 3, 4, 5};
   const HybridState::Place place{2, {{tail.data(), 2}, {tail.data() + 2, 3}}};
-  const auto fill = [&] {  // at 40, after a pass over four tokens from 36 on
+  const auto fill = [&] {  // at 36, before a pass over four tokens
     for (int layer : {0, 2}) {
-      std::fill_n(s.delta(layer).f32(), 2 * 32 * 32, 40.f);
-      for (int i = 0; i < 3; i++) std::fill_n(s.states(layer).f32(i), 2 * 32 * 32, static_cast<float>(37 + i + layer));
+      std::fill_n(s.delta(layer).f32(), 2 * 32 * 32, 36.f);
+      for (int p = 32; p < 40; p++) {  // S <- 2 S + 3 (p + layer) for p = 36 and 37
+        float* row = s.log(layer).f32(p % kDeltaLogRows);
+        std::fill_n(row, keys, 3.f);
+        for (int head = 0; head < 2; head++) std::fill_n(row + keys + head * 36, 32, static_cast<float>(p + layer)), row[keys + head * 36 + 32] = 2;
+      }
       for (int p = 24; p < 40; p++) std::fill_n(s.conv_ring(layer).f32(p & 15), s.conv_ring(layer).cols(), static_cast<float>(p));
     }
     std::fill_n(s.tail(), 5, -1.f);
@@ -95,13 +100,13 @@ TEST_CASE("a place inside of a pass: settled, or a checkpoint of it; the hash se
   const auto there = [&] {  // at 38
     for (int layer : {0, 2}) {
       const float* d = s.delta(layer).f32();
-      CHECK(std::all_of(d, d + 2 * 32 * 32, [&](float v) { return v == static_cast<float>(38 + layer); }));
+      CHECK(std::all_of(d, d + 2 * 32 * 32, [&](float v) { return v == static_cast<float>(2 * (2 * 36 + 3 * (36 + layer)) + 3 * (37 + layer)); }));
     }
     CHECK(std::equal(tail.begin(), tail.end(), s.tail()));
   };
   fill(), s.checkpoint(38, false, &place);
-  CHECK(*s.delta(0).f32() == 40.f);  // the state itself is where it was
-  s.settle(place), there();
+  CHECK(*s.delta(0).f32() == 36.f);  // the state itself is where it was
+  s.settle(38, place), there();
   const uint64_t at_38 = s.hash(38);
   fill();
   CHECK(s.restore(39) == 38);

@@ -172,16 +172,26 @@ void Device::delta_net(const DeltaNetArgs& a) {
   QN_CHECK(slots >= 4 && (slots & (slots - 1)) == 0, "%s: %lld slots in the ring", op, static_cast<long long>(slots));
   check_act(op, "conv_ring", a.conv_ring, slots, ch);
   check_act(op, "o", a.o, t, gv * dv);
-  if (a.states) {
-    QN_CHECK(a.states.dtype == DType::F32 && a.states.ndim == 4 && a.states.shape[1] == gv && a.states.shape[2] == dk && a.states.shape[3] == dv,
-             "%s: states: expected f32 (slots, %lld, %lld, %lld), got %s", op, static_cast<long long>(gv), static_cast<long long>(dk),
-             static_cast<long long>(dv), shape(a.states).c_str());
-    QN_CHECK(t <= 8 && t <= a.states.rows() + 1, "%s: %lld tokens with room for the states of %lld", op, static_cast<long long>(t),
-             static_cast<long long>(a.states.rows()));
+  if (a.log) {
+    check_act(op, "log", a.log, kDeltaLogRows, delta_log_width(gk, gv, dk, dv));
+    QN_CHECK(t <= kDeltaLogTokens && slots >= t + 3, "%s: %lld tokens in a log of %d and a ring of %lld", op, static_cast<long long>(t), kDeltaLogTokens,
+             static_cast<long long>(slots));
   }
-  check_disjoint(op, {{"o", a.o}, {"state", a.state}, {"states", a.states}, {"conv_ring", a.conv_ring}}, {{"qkv", a.qkv}, {"ba", a.ba}});
-  const int64_t left = a.states ? t - 1 : 0;  // states beside the last
-  if (begin(Op::DeltaNet, static_cast<uint64_t>((2 + left) * gv * dk * dv + (slots + 4) * ch) * 4)) do_delta_net(a);
+  check_disjoint(op, {{"o", a.o}, {"state", a.state}, {"log", a.log}, {"conv_ring", a.conv_ring}}, {{"qkv", a.qkv}, {"ba", a.ba}});
+  const int64_t logged = a.log && t > 1 ? t * a.log.cols() : 0;
+  if (begin(Op::DeltaNet, static_cast<uint64_t>(2 * gv * dk * dv + (slots + 4) * ch + logged) * 4)) do_delta_net(a);
+}
+
+void Device::delta_replay(const DeltaReplayArgs& a) {
+  const char* op = "delta_replay";
+  const int64_t gk = a.key_heads, gv = a.state.rows();
+  QN_CHECK(a.state && a.state.dtype == DType::F32 && a.state.ndim == 3 && gk > 0 && gv % gk == 0, "%s: state: expected f32 (GV, DK, DV), got %s with %lld key heads",
+           op, shape(a.state).c_str(), static_cast<long long>(gk));
+  check_act(op, "log", a.log, kDeltaLogRows, delta_log_width(gk, gv, a.state.shape[1], a.state.shape[2]));
+  QN_CHECK(a.count >= 0 && a.count <= kDeltaLogTokens && a.pos >= a.count, "%s: %d tokens before position %d", op, a.count, a.pos);
+  check_disjoint(op, {{"state", a.state}}, {{"log", a.log}});
+  make_current();
+  if (a.count) do_delta_replay(a);
 }
 
 void Device::gated_norm_matmul(const GatedNormMatmulArgs& a) {

@@ -65,6 +65,14 @@ struct NormMatmulArgs {
   Tensor normed;        // optional out (T, D): norm(h), unrounded
 };
 
+// A row of a log of tokens that the delta rule has seen, in floats: what takes S over its token, S <- alpha S + k u'. A device may scale k and u
+// as it likes, as long as their product is the same.
+//
+//   | k (GK, DK) | of each value head: u (DV), alpha, three unused |
+constexpr int64_t delta_log_width(int64_t gk, int64_t gv, int64_t dk, int64_t dv) { return gk * dk + gv * (dv + 4); }
+constexpr int kDeltaLogTokens = 8;  // most tokens of a call that is logged
+constexpr int kDeltaLogRows = 2 * kDeltaLogTokens;  // those of a call beside those of the one before it
+
 // Convolution, SiLU, L2 norm, gates and the gated delta rule (model-spec 3.3-3.5; recurrent form 3.5 or chunked 3.6).   D2
 struct DeltaNetArgs {
   Tensor qkv;       // (T, CH): q (GK*DK) | k (GK*DK) | v (GV*DV), before the convolution; may be a column slice
@@ -75,14 +83,23 @@ struct DeltaNetArgs {
   Tensor conv_ring; // in/out (slots, CH), slots a power of two >= 4: the input of position p is in slot p & (slots - 1).
                     // Zero before the sequence starts. The call leaves the inputs of its last min(T, slots) positions there.
   Tensor state;     // in/out (GV, DK, DV): S, key index first
-  Tensor states;    // optional in/out (slots, GV, DK, DV), for calls of at most 8 tokens and slots + 1: S after token i is left in slot i, after
-                    // the last one in `state`. The call begins with `state`, or with slot step->from - 1 of the call before. So a
-                    // call can be taken back to any of its tokens without copying.
+  Tensor log;       // optional in/out (kDeltaLogRows, delta_log_width()), for calls of at most kDeltaLogTokens; position p is in row p % kDeltaLogRows.
+                    // S begins as `state` taken over the rows of the step->from positions before this call. A call of several tokens leaves
+                    // `state` as it began and its tokens in the log, so that it can be taken back to any of them; a call of one leaves S
+                    // behind it, as without a log.
   Tensor o;         // out (T, GV*DV)
   Tensor z, out_norm;  // optional: what D3, the next operation, will be given with this o; a device may prepare what that needs
   int key_heads = 0, value_heads = 0;
   Act act = Act::F32;  // not F32: the chunked form may use BF16 operands; state and inverse stay fp32
   const StepParams* step = nullptr;
+};
+
+// What calls with a log leave undone: S over its rows of the positions [pos - count, pos). Same bits as in D2.
+struct DeltaReplayArgs {
+  Tensor log;      // (kDeltaLogRows, delta_log_width())
+  Tensor state;    // in/out (GV, DK, DV)
+  int key_heads = 0;
+  int pos = 0, count = 0;
 };
 
 // h += W act( rms(o per head) * w * silu(z) )    (w plain, not 1+w)      D3
@@ -357,6 +374,7 @@ class Device {
   void embed(const EmbedArgs&);
   void norm_matmul(const NormMatmulArgs&);
   void delta_net(const DeltaNetArgs&);
+  void delta_replay(const DeltaReplayArgs&);
   void gated_norm_matmul(const GatedNormMatmulArgs&);
   void attention(const AttentionArgs&);
   void gate_matmul(const GateMatmulArgs&);
@@ -375,6 +393,7 @@ class Device {
   virtual void do_embed(const EmbedArgs&) = 0;
   virtual void do_norm_matmul(const NormMatmulArgs&) = 0;
   virtual void do_delta_net(const DeltaNetArgs&) = 0;
+  virtual void do_delta_replay(const DeltaReplayArgs&) = 0;
   virtual void do_gated_norm_matmul(const GatedNormMatmulArgs&) = 0;
   virtual void do_attention(const AttentionArgs&) = 0;
   virtual void do_gate_matmul(const GateMatmulArgs&) = 0;

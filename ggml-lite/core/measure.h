@@ -24,8 +24,8 @@ struct PassTime {
 // What guessing ahead is made of, in seconds
 struct DraftCosts {
   double first = 0, next = 0;  // guesses: after a pass, and out of a guess; 0: there is no layer for it
-  std::vector<std::pair<int, double>> passes;  // over so many tokens, keeping the states between them
-  double back = 0;             // how much longer a pass takes that begins inside of the one before
+  std::vector<std::pair<int, double>> passes;  // over so many tokens, logging them if several; before it such a pass, all of whose tokens count
+  double replay = 0;           // of the longest: taking the state over the tokens of the one before
   double settle = 0;           // ending a generation there: once
 };
 

@@ -8,7 +8,7 @@ namespace qn {
 struct StepParams {
   int32_t pos;    // position of the first token of this call in the sequence, from 0
   int32_t n_tok;  // T, tokens in this call (equal to shape[0] of the activations)
-  int32_t from = 0;  // which state recurrent layers begin with: 0 their own, i > 0 what the call before left after its i-th token
+  int32_t from = 0;  // tokens before `pos` that recurrent layers have in their log, but not in their state
 };
 
 // How the next token is chosen, as text/sampler.h defines it (SamplerParams), for devices that choose themselves.

@@ -149,7 +149,7 @@ CpuDevice::Scratch CpuDevice::lay_out(const OpLimits& m) const {
   s.rows_size = m.tokens * std::max(4 * round_up(width, 64) + largest_prepared_row(width),
                                     m.chosen * (4 * round_up(m.expert_width, 16) + largest_prepared_row(m.expert_width)) + largest_prepared_row(width)) + 256;
   s.pointers_size = m.tokens * (2 + 4 * int64_t{m.chosen});
-  s.local_floats = round_up(3 * width + m.heads * (2 * kPartExtra + kKeys) + (2 * kDeltaBlock + 16) * (m.key_dim + m.value_dim) + 64, 1024);
+  s.local_floats = round_up(3 * width + m.heads * (2 * kPartExtra + kKeys) + (2 * kDeltaBlock + 16) * (m.key_dim + m.value_dim) + m.key_dim * m.value_dim + 64, 1024);
   const int64_t blocks = m.heads ? m.context / kKeys + 1 : 0;
   s.parts_floats = blocks ? std::max<int64_t>(blocks * (width + m.heads * kPartExtra), int64_t{1} << 21) : 0;
   // panels as bytes, with a scale for 32 of them at least; and the tokens that meet them, where these lie apart

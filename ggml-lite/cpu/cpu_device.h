@@ -64,6 +64,7 @@ class CpuDevice final : public Device {
   void do_embed(const EmbedArgs&) override;
   void do_norm_matmul(const NormMatmulArgs&) override;
   void do_delta_net(const DeltaNetArgs&) override;
+  void do_delta_replay(const DeltaReplayArgs&) override;
   void do_gated_norm_matmul(const GatedNormMatmulArgs&) override;
   void do_attention(const AttentionArgs&) override;
   void do_gate_matmul(const GateMatmulArgs&) override;
@@ -118,6 +119,7 @@ class CpuDevice final : public Device {
   void attend_blocks(const AttentionArgs& a, AttentionCall& c, int thread);
   struct DeltaCall;
   void delta_columns(const DeltaNetArgs& a, const DeltaCall& c, int64_t task, float* local) const;
+  void replay_columns(const Tensor& log, int64_t pos, int64_t count, const Tensor& state, int64_t key_heads, int64_t head, int64_t column, int64_t columns) const;
 
   // Sizes of the pieces of the scratch for these limits, and where they begin in it
   struct Scratch {

@@ -15,6 +15,14 @@ struct CpuDevice::DeltaCall {
   int64_t tokens, dk, dv, columns, blocks, block;  // blocks of columns per head; tokens of a block
 };
 
+namespace {
+struct LogRow {  // of a value head: DeltaNetArgs::log
+  float *k, *u, *alpha;
+  LogRow(const Tensor& log, int64_t pos, int64_t gk, int64_t gv, int64_t head, int64_t dk, int64_t dv)
+      : k(log.f32(pos % kDeltaLogRows) + head / (gv / gk) * dk), u(log.f32(pos % kDeltaLogRows) + gk * dk + head * (dv + 4)), alpha(u + dv) {}
+};
+}  // namespace
+
 static float softplus(float x) { return x > 20.f ? x : std::log1p(std::exp(x)); }
 
 static float tap(const Tensor& conv, int64_t channel, int j) {
@@ -35,6 +43,7 @@ void CpuDevice::delta_columns(const DeltaNetArgs& a, const DeltaCall& c, int64_t
   float* next = nothing + std::max(dk, columns);
   std::fill(nothing, next, 0.f);
   float* state = a.state.f32(head) + column;
+  int64_t stride = c.dv;
   if (c.tokens == 1)  // the convolutions give memory the time
     for (int64_t i = 0; i < 16 * c.dv; i += c.dv)
       for (int64_t j = 0; j < columns; j += 16) __builtin_prefetch(state + i + j, 1, 2);
@@ -44,11 +53,13 @@ void CpuDevice::delta_columns(const DeltaNetArgs& a, const DeltaCall& c, int64_t
       for (int j = 0; j < 4; j++) p.taps[j * p.n + i] = tap(a.conv, p.channel + i, j);
   }
   const int64_t start = a.step->pos, mask = a.conv_ring.rows() - 1;
-  const auto copy_columns = [&](const float* from, float* to) {
-    for (int64_t i = 0; i < dk; i++) std::memcpy(to + i * c.dv, from + i * c.dv, columns * 4);
-  };
-  const auto slot = [&](int64_t i) { return a.states.f32(i) + head * dk * c.dv + column; };
-  if (a.states && a.step->from > 0) copy_columns(slot(a.step->from - 1), state);
+  const bool logs = a.log && c.tokens > 1;
+  if (a.log) replay_columns(a.log, a.step->pos, a.step->from, a.state, gk, head, column, columns);
+  if (logs) {  // which leaves the state as it is
+    float* copy = next;
+    for (int64_t i = 0; i < dk; i++) std::memcpy(copy + i * columns, state + i * c.dv, columns * 4);
+    state = copy, stride = columns;
+  }
   DeltaStep steps[kDeltaBlock];
   for (int64_t t0 = 0; t0 < c.tokens; t0 += block) {
     const int n = static_cast<int>(std::min(block, c.tokens - t0));
@@ -68,17 +79,31 @@ void CpuDevice::delta_columns(const DeltaNetArgs& a, const DeltaCall& c, int64_t
       kernels_.scale(k, nullptr, 1.f / std::sqrt(kernels_.sum_squares(k, dk) + 1e-6f), dk, k);
       const float* ba = a.ba.f32(t);
       steps[i] = {q, k, parts[2].y + i * columns, std::exp(a.neg_a.f32()[head] * softplus(ba[gv + head] + a.dt_bias.f32()[head])),
-                  1.f / (1.f + std::exp(-ba[head])), a.o.f32(t) + head * c.dv + column};
+                  1.f / (1.f + std::exp(-ba[head])), a.o.f32(t) + head * c.dv + column, nullptr};
+      if (!logs) continue;
+      const LogRow row(a.log, start + t, gk, gv, head, dk, c.dv);
+      steps[i].u = row.u + column;
+      if (column == 0) *row.alpha = steps[i].alpha;
+      if (column == 0 && head % (gv / gk) == 0) std::copy_n(k, dk, row.k);
     }
-    if (!a.states) {
-      kernels_.delta_steps(state, c.dv, dk, columns, steps, n);
-      continue;
-    }
-    for (int i = 0; i < n; i++) {
-      kernels_.delta_steps(state, c.dv, dk, columns, steps + i, 1);
-      if (t0 + i + 1 < c.tokens) copy_columns(state, slot(t0 + i));
-    }
+    kernels_.delta_steps(state, stride, dk, columns, steps, n);
   }
+}
+
+// Of a head's columns; other tasks may be writing other rows of the log.
+void CpuDevice::replay_columns(const Tensor& log, int64_t pos, int64_t count, const Tensor& state, int64_t key_heads, int64_t head, int64_t column,
+                               int64_t columns) const {
+  const int64_t dk = state.shape[1], dv = state.shape[2];
+  for (int64_t p = pos - count; p < pos; p++) {
+    const LogRow row(log, p, key_heads, state.rows(), head, dk, dv);
+    kernels_.delta_replay(state.f32(head) + column, dv, dk, columns, row.k, row.u + column, *row.alpha);
+  }
+}
+
+void CpuDevice::do_delta_replay(const DeltaReplayArgs& a) {
+  threads_.run([&](int) {
+    for (int64_t head; (head = threads_.next_task()) < a.state.rows();) replay_columns(a.log, a.pos, a.count, a.state, a.key_heads, head, 0, a.state.shape[2]);
+  });
 }
 
 void CpuDevice::do_delta_net(const DeltaNetArgs& a) {
@@ -92,7 +117,7 @@ void CpuDevice::do_delta_net(const DeltaNetArgs& a) {
   for (int64_t n = 2; n <= c.dv / 32 && a.value_heads * c.blocks < even * threads_.size() && threads_.size() > 1; n++)
     if (c.dv / 32 % n == 0) c.blocks = n;
   c.columns = c.dv / c.blocks;
-  check_local("delta_net", c.block * (2 * c.dk + c.columns) + 9 * std::max(c.dk, c.columns) + 4 * c.columns);
+  check_local("delta_net", c.block * (2 * c.dk + c.columns) + 9 * std::max(c.dk, c.columns) + 4 * c.columns + (a.log ? c.dk * c.columns : 0));
   const int64_t channels = a.qkv.cols(), slots = a.conv_ring.rows();
   threads_.run([&](int thread) {
     for (int64_t task; (task = threads_.next_task()) < a.value_heads * c.blocks;) delta_columns(a, c, task, local(thread));

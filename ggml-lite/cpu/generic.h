@@ -294,6 +294,7 @@ void delta_columns(float* s, int64_t stride, int64_t dk, int64_t column, const D
     for (int j = 0; j < N; j++) {
       u[j] = mul(all(now.beta), sub(load(now.v + column + j * L), mul(a, m[j])));
       store(now.o + column + j * L, fma(all(kq[t]), u[j], mul(a, r[j])));
+      if (now.u) store(now.u + column + j * L, u[j]);
       m[j] = r[j] = zero();
     }
     if (t + 1 == tokens) {
@@ -316,6 +317,10 @@ void delta_columns(float* s, int64_t stride, int64_t dk, int64_t column, const D
       }
     }
   }
+}
+void delta_replay(float* s, int64_t stride, int64_t dk, int64_t cols, const float* k, const float* u, float alpha) {
+  for (int64_t i = 0; i < dk; i++)
+    for (int64_t c = 0; c < cols; c += L) store(s + i * stride + c, fma(all(k[i]), load(u + c), mul(all(alpha), load(s + i * stride + c))));
 }
 void delta_steps(float* s, int64_t stride, int64_t dk, int64_t cols, const DeltaStep* steps, int tokens) {
   float kq[kDeltaBlock];
@@ -481,7 +486,7 @@ constexpr Kernels generic_kernels(const char* name) {
   f[static_cast<int>(DType::INT4)] = product_panel_f32<4>;
   k.prepare = prepare;
   k.sum_squares = sum_squares, k.scale = scale, k.silu_mul = silu_mul, k.sigmoid_mul = sigmoid_mul, k.conv_silu = conv_silu;
-  k.delta_steps = delta_steps;
+  k.delta_steps = delta_steps, k.delta_replay = delta_replay;
   k.attend = attend, k.merge = merge;
   return k;
 }

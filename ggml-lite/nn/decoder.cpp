@@ -245,7 +245,7 @@ void Decoder::take(int32_t id) {
   if (!ready_.empty() || failed_) return;
   if (!m_.chooser) guess();
   const int before = rows_ ? right_ + 1 : 0, n = 1 + static_cast<int>(guesses_.size());
-  const StepParams at{static_cast<int32_t>(timeline_->size()) - 1, n, before < rows_ ? before : 0};
+  const StepParams at{static_cast<int32_t>(timeline_->size()) - 1, n, rows_ > 1 ? before : 0};
   if (!m_.chooser) {
     guesses_.insert(guesses_.begin(), id);
     m_.pipeline->prepare({at, {}}, guesses_, false);
@@ -272,7 +272,7 @@ void Decoder::run_pass(int n) {
 HybridState::Place Decoder::place() const {
   const int kept = static_cast<int>(timeline_->size()) - start_;
   QN_CHECK(kept >= 1 && kept <= rows_, "decoder: %d tokens of a pass over %d", kept, rows_);
-  return {kept < rows_ ? kept : 0, {{m_.hidden.f32(kept - 1), m_.hidden.cols()}, {m_.logits.f32(kept - 1), m_.logits.cols()}}};
+  return {rows_ > 1 ? kept : 0, {{m_.hidden.f32(kept - 1), m_.hidden.cols()}, {m_.logits.f32(kept - 1), m_.logits.cols()}}};
 }
 
 void Decoder::checkpoint() {
@@ -294,7 +294,7 @@ void Decoder::finish() {
   m_.pipeline->wait();
   if (rows_ && !collected_) stats_.seconds += now() - begun_;
   const auto position = static_cast<int>(timeline_->size());
-  if (rows_) m_.pipeline->settle(place());
+  if (rows_) m_.pipeline->settle(position, place());
   late_rows_ = std::min(late_rows_, position - 1 - late_slot_);  // what is true of the timeline; its last slot waits for a token
   ready_.clear();
   while (late_rows_ > 0) run_late(std::min(late_rows_, m_.rows()), false);
@@ -334,10 +334,11 @@ DraftCosts Decoder::costs(const std::vector<int32_t>& timeline, int context) {
       run_pass(n);
     });
   };
-  for (int n = 1; n <= m_.rows(); n++) c.passes.emplace_back(n, pass(n, 0));
+  const int before = std::min(position, m_.rows());  // tokens of the pass before, as a rule all of them count
+  for (int n = 1; n <= m_.rows(); n++) c.passes.emplace_back(n, pass(n, n > 1 ? std::min(before, n) : 0));
   if (m_.rows() > 1) {
-    c.back = pass(m_.rows(), 1) - c.passes.back().second;
-    c.settle = time_of([&] { m_.pipeline->settle({1, {{m_.hidden.f32(), m_.hidden.cols()}, {m_.logits.f32(), m_.logits.cols()}}}); });
+    c.replay = c.passes.back().second - pass(m_.rows(), 0);
+    c.settle = time_of([&] { m_.pipeline->settle(position, {before, {{m_.hidden.f32(), m_.hidden.cols()}, {m_.logits.f32(), m_.logits.cols()}}}); });
   }
   if (!m_.layer) return c;
   const StepParams at{position, 1};

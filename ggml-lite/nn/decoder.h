@@ -41,7 +41,7 @@ namespace qn {
 struct DecoderModel {
   Pipeline* pipeline = nullptr;
   Chooser* chooser = nullptr;                         // one that can, or null: the host chooses
-  std::function<void(size_t stage, int n)> pass;      // a stage's part of a pass over n tokens, keeping the states between them if n > 1; the
+  std::function<void(size_t stage, int n)> pass;      // a stage's part of a pass over n tokens, logging them if n > 1; the
                                                       // last stage leaves final norms in `hidden`, logits in `logits`
   // The decoder layer of multi-token prediction; the results of the last `wanted` rows are. Empty: there is none
   std::function<void(const Tensor& x, const StepParams*, int wanted)> layer;

@@ -3,7 +3,7 @@
 namespace qn {
 
 void gated_delta_net(Device& device, const DeltaNetWeights& w, const DeltaNetScratch& s, const Tensor& h, const Tensor& conv_ring,
-                     const Tensor& state, const Tensor& states, const StepParams* step, float eps, Act act) {
+                     const Tensor& state, const Tensor& log, const StepParams* step, float eps, Act act) {
   const int64_t t = h.rows(), ch = w.conv.rows(), z = w.qkvz.rows() - ch;
   const Tensor qkvz = s.qkvz.slice(0, t), ba = s.ba.slice(0, t), o = s.o.slice(0, t);
 
@@ -16,7 +16,7 @@ void gated_delta_net(Device& device, const DeltaNetWeights& w, const DeltaNetScr
   DeltaNetArgs rule;  // -> (T, GV*DV)
   rule.qkv = qkvz.columns(0, ch), rule.ba = ba;
   rule.conv = w.conv, rule.neg_a = w.neg_a, rule.dt_bias = w.dt_bias;
-  rule.conv_ring = conv_ring, rule.state = state, rule.states = states, rule.o = o;
+  rule.conv_ring = conv_ring, rule.state = state, rule.log = log, rule.o = o;
   rule.key_heads = w.key_heads, rule.value_heads = w.value_heads, rule.act = act, rule.step = step;
   rule.z = qkvz.columns(ch, z), rule.out_norm = w.out_norm;
   device.delta_net(rule);

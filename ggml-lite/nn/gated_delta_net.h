@@ -21,8 +21,8 @@ struct DeltaNetScratch {
   Tensor o;     // (T, GV*DV)
 };
 
-// h (T, D) in/out; conv_ring (slots, CH) and state (GV, DK, DV) carried from call to call; states (slots, GV, DK, DV) or empty: see DeltaNetArgs.
+// h (T, D) in/out; conv_ring (slots, CH) and state (GV, DK, DV) carried from call to call; log or empty: see DeltaNetArgs.
 void gated_delta_net(Device& device, const DeltaNetWeights& w, const DeltaNetScratch& s, const Tensor& h, const Tensor& conv_ring,
-                     const Tensor& state, const Tensor& states, const StepParams* step, float eps, Act act);
+                     const Tensor& state, const Tensor& log, const StepParams* step, float eps, Act act);
 
 }  // namespace qn

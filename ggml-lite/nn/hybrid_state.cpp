@@ -17,7 +17,7 @@ static int64_t layers_of(const StateShape& s, bool attention) { return std::rang
 uint64_t StateShape::recurrent_bytes() const {
   return static_cast<uint64_t>(layers_of(*this, false) * layer_floats(*this) + tail) * sizeof(float);
 }
-uint64_t StateShape::states_bytes() const { return static_cast<uint64_t>(layers_of(*this, false) * states * state_floats(*this)) * sizeof(float); }
+uint64_t StateShape::log_bytes() const { return static_cast<uint64_t>(layers_of(*this, false) * log_floats()) * sizeof(float); }
 uint64_t StateShape::kv_bytes() const { return static_cast<uint64_t>(layers_of(*this, true) * 2 * (cache_bytes(*this) + scale_bytes(*this))); }
 
 uint64_t HybridState::checkpoints_kept(const StateShape& shape, uint64_t checkpoint_bytes) {
@@ -28,7 +28,7 @@ HybridState::HybridState(Device& device, const StateShape& shape, uint64_t keep)
   int64_t next[2] = {0, 0};
   for (const bool attention : shape_.attention) slots_.push_back(next[attention]++);
   recurrent_ = device_.alloc(shape_.recurrent_bytes(), "recurrent state");
-  if (shape_.states_bytes()) states_ = device_.alloc(shape_.states_bytes(), "states between the tokens of a pass");
+  if (shape_.log_bytes()) log_ = device_.alloc(shape_.log_bytes(), "log of the tokens of a pass");
   if (shape_.kv_bytes()) kv_ = device_.alloc(shape_.kv_bytes(), "KV cache");
   if (device_.memory())
     for (size_t i = 0; i < keep_; i++) spare_.push_back(device_.alloc(recurrent_.bytes(), "checkpoint of the recurrent state"));
@@ -37,13 +37,12 @@ HybridState::HybridState(Device& device, const StateShape& shape, uint64_t keep)
 float* HybridState::layer_in(const Buffer& recurrent, int layer) const {
   return static_cast<float*>(recurrent.data()) + slot(layer) * layer_floats(shape_);
 }
-Tensor HybridState::states(int layer) const {
-  if (!states_.data()) return {};
-  float* p = static_cast<float*>(states_.data()) + slot(layer) * shape_.states * state_floats(shape_);
-  return view(p, DType::F32, shape_.states, shape_.value_heads, shape_.key_dim, shape_.value_dim);
+Tensor HybridState::log(int layer) const {
+  if (!log_.data()) return {};
+  return view(static_cast<float*>(log_.data()) + slot(layer) * shape_.log_floats(), DType::F32, kDeltaLogRows, shape_.log_floats() / kDeltaLogRows);
 }
-Tensor HybridState::delta(int layer) const {
-  return view(layer_in(recurrent_, layer), DType::F32, shape_.value_heads, shape_.key_dim, shape_.value_dim);
+Tensor HybridState::state_in(const Buffer& recurrent, int layer) const {
+  return view(layer_in(recurrent, layer), DType::F32, shape_.value_heads, shape_.key_dim, shape_.value_dim);
 }
 Tensor HybridState::conv_ring(int layer) const {
   const Tensor s = delta(layer);
@@ -110,16 +109,16 @@ void HybridState::forget_after(int position) {
   });
 }
 
-// Puts what is elsewhere than in recurrent_ at this place into a copy of it, or into itself.
-void HybridState::gather(const Buffer& to, const Place& place) {
+// Takes a copy of recurrent_, or itself, to this place.
+void HybridState::gather(const Buffer& to, int position, const Place& place) {
   for (int layer = 0; place.from > 0 && layer < static_cast<int>(shape_.attention.size()); layer++)
     if (!shape_.attention[static_cast<size_t>(layer)])
-      device_.copy(layer_in(to, layer), states(layer).f32(place.from - 1), static_cast<size_t>(state_floats(shape_)) * sizeof(float));
+      device_.delta_replay({log(layer), state_in(to, layer), shape_.key_heads, position, place.from});
   float* at = static_cast<float*>(to.data()) + layers_of(shape_, false) * layer_floats(shape_);
   for (const auto& [from, floats] : place.tail) device_.copy(at, from, static_cast<size_t>(floats) * sizeof(float)), at += floats;
 }
 
-void HybridState::settle(const Place& place) { gather(recurrent_, place); }
+void HybridState::settle(int position, const Place& place) { gather(recurrent_, position, place); }
 
 void HybridState::checkpoint(int position, bool passing, const Place* place) {
   forget_after(position);
@@ -144,7 +143,7 @@ void HybridState::checkpoint(int position, bool passing, const Place* place) {
   if (!spare_.empty()) memory = std::move(spare_.back()), spare_.pop_back();
   else memory = device_.alloc(recurrent_.bytes(), "checkpoint of the recurrent state");
   device_.copy(memory.data(), recurrent_.data(), recurrent_.bytes());
-  if (place) gather(memory, *place);
+  if (place) gather(memory, position, *place);
   checkpoints_.push_back({position, passing, std::move(memory)});
 }
 

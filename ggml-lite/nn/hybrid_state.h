@@ -4,9 +4,9 @@
 // states and convolution inputs) cannot: going back needs a checkpoint, a copy taken when the sequence was there. Checkpoints hold
 // the recurrent part only; a checkpoint at position p stays true as long as the tokens before p are the same.
 //
-// Inside of the last pass, when it was short and kept the states between its tokens (states()), going back is free: the next pass begins
-// with one of them (StepParams::from). Convolution inputs lie in a ring by position, which then has room for the tokens of a pass beside the
-// three that are read.
+// Inside of the last pass, when it was short and logged its tokens (log()), going back is free: it has left the state as it began, and the
+// next pass begins by taking that over the tokens that count (StepParams::from). Convolution inputs lie in a ring by position, which then
+// has room for the tokens of a pass beside the three that are read.
 #pragma once
 #include <cstdint>
 #include <vector>
@@ -24,12 +24,13 @@ struct StateShape {
   DType kv_type = DType::BF16;       // F32, BF16 or I8
   int conv_slots = 4;                // convolution inputs kept: three are read, the others written; a power of two
   int lagging = 0;                   // trailing attention layers whose cache is one position behind (multi-token prediction)
-  int states = 0;                    // kept between the tokens of a pass: its tokens - 1
+  bool logs = false;                 // passes of several tokens log them
   int64_t tail = 0;                  // floats carried beside the layers (last hidden row, logits): saved with a checkpoint
 
   int64_t conv_channels() const { return 2 * key_heads * key_dim + value_heads * value_dim; }
   uint64_t recurrent_bytes() const;  // of all layers, with the tail: one checkpoint
-  uint64_t states_bytes() const;
+  int64_t log_floats() const { return logs ? kDeltaLogRows * delta_log_width(key_heads, value_heads, key_dim, value_dim) : 0; }  // of a layer
+  uint64_t log_bytes() const;        // of all layers
   uint64_t kv_bytes() const;
 };
 
@@ -49,20 +50,20 @@ class HybridState {
   HybridState(Device& device, const StateShape& shape, uint64_t keep);
 
   Tensor conv_ring(int layer) const;  // (slots, CH)
-  Tensor delta(int layer) const;      // (GV, DK, DV)
-  Tensor states(int layer) const;     // (states, GV, DK, DV); empty: none are kept
+  Tensor delta(int layer) const { return state_in(recurrent_, layer); }  // (GV, DK, DV)
+  Tensor log(int layer) const;        // of DeltaNetArgs; empty: there is none
   KvCache cache(int layer) const;
   float* tail() const;                // device memory, shape().tail floats
 
   void reset();                       // position 0
   // For benchmarks: random values everywhere, as if `position` tokens had been seen; no checkpoints.
   void randomise(int position, uint64_t seed);
-  // A place inside of the last pass: behind its first `from` tokens (0: behind all), and where the pieces of the tail of that place lie.
+  // A place inside of the last pass: behind its first `from` tokens (0: it had but one), and where the pieces of the tail of that place lie.
   struct Place {
     int from = 0;
     std::vector<std::pair<const float*, int64_t>> tail;  // device memory, floats
   };
-  void settle(const Place& place);    // makes it the state
+  void settle(int position, const Place& place);  // makes it the state, which is then that of `position`
   // Copies the recurrent part, which is that of `position` now, or at a place. A passing checkpoint replaces the passing one before it.
   void checkpoint(int position, bool passing = false, const Place* place = nullptr);
   // Restores the newest checkpoint at or before `position` (the start if there is none), forgets those behind it; returns where.
@@ -82,7 +83,8 @@ class HybridState {
     Buffer memory;
   };
   float* layer_in(const Buffer& recurrent, int layer) const;
-  void gather(const Buffer& to, const Place& place);
+  Tensor state_in(const Buffer& recurrent, int layer) const;
+  void gather(const Buffer& to, int position, const Place& place);
   int64_t slot(int layer) const { return slots_[static_cast<size_t>(layer)]; }
 
   Device& device_;
@@ -90,7 +92,7 @@ class HybridState {
   std::vector<int64_t> slots_;  // of each layer among the layers of its kind
   size_t keep_;
   Buffer recurrent_;            // [per recurrent layer: S (GV, DK, DV), ring (slots, CH)] then the tail
-  Buffer states_;               // [per recurrent layer: (states, GV, DK, DV)]
+  Buffer log_;                  // [per recurrent layer: log]
   // [per attention layer: K (HK, C, DH), V (HK, C, DH)], then of codes [per layer: scales of K, scales of V]: behind everything, for
   // with an odd C they would leave the next layer's codes where no 16-byte load may begin.
   Buffer kv_;

@@ -47,8 +47,8 @@ void Pipeline::randomise(int position, uint64_t seed) {
   for (size_t i = 0; i < stages_.size(); i++) stages_[i]->state.randomise(position, seed + i * 2);
 }
 
-void Pipeline::settle(const HybridState::Place& place) {
-  for (PipelineStage* s : stages_) s->state.settle(s == &back() ? place : HybridState::Place{place.from, {}});
+void Pipeline::settle(int position, const HybridState::Place& place) {
+  for (PipelineStage* s : stages_) s->state.settle(position, s == &back() ? place : HybridState::Place{place.from, {}});
 }
 
 void Pipeline::checkpoint(int position, bool passing, const HybridState::Place* place) {

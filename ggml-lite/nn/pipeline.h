@@ -50,7 +50,7 @@ class Pipeline {
   void reset();
   void randomise(int position, uint64_t seed);
   // The tail that a place names is that of the last stage.
-  void settle(const HybridState::Place& place);
+  void settle(int position, const HybridState::Place& place);
   void checkpoint(int position, bool passing = false, const HybridState::Place* place = nullptr);
   int restore(int position);
   uint64_t hash(int position) const;  // equal however the layers are cut

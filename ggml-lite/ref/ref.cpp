@@ -105,7 +105,9 @@ class RefDevice final : public Device {
     const int64_t dk = a.state.shape[1], dv = a.state.shape[2], gk = a.key_heads, gv = a.value_heads, ch = a.qkv.cols();
     const int64_t slots = a.conv_ring.rows();
     Vec y(ch);
-    if (a.states && a.step->from > 0) std::copy_n(a.states.f32(a.step->from - 1), gv * dk * dv, a.state.f32());
+    if (a.log) replay(a.log, a.state, gk, a.step->pos, a.step->from);
+    const bool logs = a.log && a.qkv.rows() > 1;
+    const Vec before(a.state.f32(), a.state.f32() + (logs ? gv * dk * dv : 0));
     for (int64_t t = 0; t < a.qkv.rows(); t++) {
       const int64_t pos = a.step->pos + t;
       std::copy_n(a.qkv.f32(t), ch, a.conv_ring.f32(pos & (slots - 1)));
@@ -121,26 +123,46 @@ class RefDevice final : public Device {
         if (g < gk) scale *= 1.f / std::sqrt(static_cast<float>(dk));
         for (int64_t i = 0; i < dk; i++) v[i] *= scale;
       }
+      if (logs) std::copy_n(&y[gk * dk], gk * dk, a.log.f32(pos % kDeltaLogRows));
       for (int64_t h = 0; h < gv; h++) {
         const float* q = &y[h / (gv / gk) * dk];
         const float* k = q + gk * dk;
         const float* v = &y[2 * gk * dk + h * dv];
         const float beta = sigmoid(a.ba.f32(t)[h]);
         const float alpha = std::exp(a.neg_a.f32()[h] * softplus(a.ba.f32(t)[gv + h] + a.dt_bias.f32()[h]));
+        if (logs) log_of(a.log, pos, gk * dk, h, dv)[dv] = alpha;
         float* s = a.state.f32(h);  // (DK, DV)
         for (int64_t i = 0; i < dk * dv; i++) s[i] *= alpha;
         for (int64_t j = 0; j < dv; j++) {
           float m = 0, o = 0;
           for (int64_t i = 0; i < dk; i++) m += s[i * dv + j] * k[i];
           const float u = beta * (v[j] - m);
+          if (logs) log_of(a.log, pos, gk * dk, h, dv)[j] = u;
           for (int64_t i = 0; i < dk; i++) s[i * dv + j] += k[i] * u;
           for (int64_t i = 0; i < dk; i++) o += s[i * dv + j] * q[i];
           a.o.f32(t)[h * dv + j] = o;
         }
       }
-      if (a.states && t + 1 < a.qkv.rows()) std::copy_n(a.state.f32(), gv * dk * dv, a.states.f32(t));
     }
+    std::ranges::copy(before, a.state.f32());
   }
+
+  // u and alpha of a value head
+  static float* log_of(const Tensor& log, int64_t pos, int64_t keys, int64_t head, int64_t dv) { return log.f32(pos % kDeltaLogRows) + keys + head * (dv + 4); }
+  static void replay(const Tensor& log, const Tensor& state, int64_t gk, int pos, int count) {
+    const int64_t gv = state.rows(), dk = state.shape[1], dv = state.shape[2];
+    for (int p = pos - count; p < pos; p++)
+      for (int64_t h = 0; h < gv; h++) {
+        const float *k = log.f32(p % kDeltaLogRows) + h / (gv / gk) * dk, *u = log_of(log, p, gk * dk, h, dv);
+        for (int64_t i = 0; i < dk; i++)
+          for (int64_t j = 0; j < dv; j++) {
+            float& s = state.f32(h)[i * dv + j];
+            s *= u[dv];
+            s += k[i] * u[j];
+          }
+      }
+  }
+  void do_delta_replay(const DeltaReplayArgs& a) override { replay(a.log, a.state, a.key_heads, a.pos, a.count); }
 
   void add(const Tensor& h, int64_t t, const Vec& y) {
     for (size_t i = 0; i < y.size(); i++) h.f32(t)[i] += y[i];

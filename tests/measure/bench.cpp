@@ -440,7 +440,7 @@ class Bench {
     if (c.next > 0) add("next guess", c.next, 0);
     for (const auto& [rows, seconds] : c.passes)
       if (rows <= 4 || rows % 2 == 0) add("pass of " + std::to_string(rows), seconds, rows);
-    add("begin inside of the last pass", c.back, 0);
+    add("of that: replay of the last pass", c.replay, 0);
     add("end inside of the last pass", c.settle, 0);
     return out;
   }
