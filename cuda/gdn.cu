@@ -4,7 +4,8 @@
 //
 //   u = beta (v - alpha p)      o = alpha r + (k.q) u      S = alpha S + k u'
 //
-// so a block takes 32 columns of a head, a warp 8 of them over all DK rows, and S is read once, kept in registers and written once.
+// so a block takes 32 columns of a head, a warp 8 of them over all DK rows, and S is read once, kept in registers and written once (by calls
+// that log their tokens as it is before them, if it has changed since).
 //
 //   lane l of a warp:   columns 4 (l / 16) ... + 3,  rows 16 i + l % 16 (few tokens)  or  64 i + 4 (l % 16) ... + 3 (many)
 //
@@ -63,7 +64,7 @@ __device__ __forceinline__ void take_over(float4& s, float alpha, float k, const
 // ... over those of the log, `count` before pos
 __device__ __forceinline__ void replay(const Delta& a, float4& s, int pos, int count, int head, int row, int column) {
   for (int p = pos - count; p < pos; p++) {
-    const float *at = a.logged(p), *u = at + a.log_of(head);
+    const float *at = a.logged(p), *u = at + a.log_u(head);
     take_over(s, u[a.dv], at[head / (a.gv / a.gk) * a.dk + row], *reinterpret_cast<const float4*>(u + column));
   }
 }
@@ -72,7 +73,6 @@ __global__ void __launch_bounds__(256) delta_replay_k(const Delta a, int pos, in
   let_next_start();
   wait_for_previous();
   const int head = static_cast<int>(blockIdx.y), i = static_cast<int>(blockIdx.x * 256 + threadIdx.x) * 4;
-  if (i >= a.dk * a.dv) return;
   float4* const at = reinterpret_cast<float4*>(a.state + static_cast<int64_t>(head) * a.dk * a.dv + i);
   float4 s = *at;
   replay(a, s, pos, count, head, i / a.dv, i % a.dv);
@@ -111,7 +111,7 @@ __global__ void __launch_bounds__(kThreads, 1) delta_net_few_k(const Delta a) {
   const bool logs = Tokens > 1 && a.log && a.tokens > 1;
   float* const work = Rows == 0 && logs ? a.work : a.state;
   auto s_row = [&](int i) { return row_of(work, i); };
-  const int log_u = a.log_of(head);
+  const int log_u = a.log_u(head);
 
   const bool gates_o = Rows > 0 && a.gated.o;  // then DV is kDim
   const float* const z_at = gates_o ? a.z + head * a.dv + column + my_column : a.qkv;
@@ -138,11 +138,11 @@ __global__ void __launch_bounds__(kThreads, 1) delta_net_few_k(const Delta a) {
     if (warp < 3 && lane < 9)
       prefetch_l2(a.ring + ((soon - 3 + warp) & (a.slots - 1)) * a.channels() + (lane < 4 ? q0 + 32 * lane : lane < 8 ? k0 + 32 * (lane - 4) : v0));
     for (int j = warp; j < some; j += kWarps)
-      if (lane <= dk / 32) prefetch_l2(a.logged(soon - some + j) + (lane < dk / 32 ? q0 + 32 * lane : log_u + column));
+      if (lane < dk / 32 + 3) prefetch_l2(a.logged(soon - some + j) + (lane < dk / 32 ? q0 + 32 * lane : log_u + (lane % 4 == 0 ? column : lane % 4 == 1 ? column + 31 : a.dv)));
   }
   wait_for_previous();
 
-  const int pos = a.step->pos, from = a.log ? a.step->from : 0;  // both at once, no branch between
+  const int pos = a.step->pos, said = a.step->from, from = a.log ? said : 0;  // both at once, no branch between
   float4 s[Rows > 0 ? Rows : 1];  // a block's columns are its own: it reads them before it writes any, and no other block touches them
   if constexpr (Rows == 0) {
     for (int i = 0; (from > 0 || logs) && i < dk / 16; i++) {
@@ -591,7 +591,7 @@ void delta_net(const Context& c, const DeltaNetArgs& args) {
   } else if (!many) {
     const int tokens = !fast || a.tokens > 4 ? kFewTokens : a.tokens > 2 ? 4 : a.tokens;  // of the instance
     const size_t bytes = few_shared(tokens, a.dk, a.log && fast);
-    if (!fast) a.work = Scratch(c).take<float>(static_cast<int64_t>(a.gv) * a.dk * a.dv);
+    if (!fast && a.log && a.tokens > 1) a.work = Scratch(c).take<float>(static_cast<int64_t>(a.gv) * a.dk * a.dv);
     QN_CHECK(bytes <= c.shared_max, "delta_net: keys of width %d need %zu bytes of shared memory, not %zu", a.dk, bytes, c.shared_max);
     constexpr int kRows = kDim / 16;
     const auto kernel = !fast         ? delta_net_few_k<0, kFewTokens>
@@ -612,7 +612,7 @@ void delta_replay(const Context& c, const DeltaReplayArgs& args) {
   a.state = args.state.f32(), a.log = args.log.f32(), a.log_width = static_cast<int>(args.log.cols());
   a.gk = args.key_heads, a.gv = static_cast<int>(args.state.rows());
   a.dk = static_cast<int>(args.state.shape[1]), a.dv = static_cast<int>(args.state.shape[2]);
-  const dim3 grid(static_cast<unsigned>((a.dk * a.dv + 1023) / 1024), static_cast<unsigned>(a.gv));
+  const dim3 grid(static_cast<unsigned>(a.dk * a.dv / 1024), static_cast<unsigned>(a.gv));
   launch(c, "delta_replay", delta_replay_k, grid, dim3(256), 0, a, args.pos, args.count);
 }
 
@@ -621,8 +621,9 @@ size_t delta_net_scratch(const OpLimits& l) {
   if (l.key_dim == kDim && l.tokens > kFewTokens) take_prepared(s, l.tokens, l.key_heads, l.value_heads, l.value_dim);
   Scratch gated;
   gated.take<float>(kFewTokens * l.value_heads * l.value_dim), gated.take<float>(kFewTokens * l.value_heads * Gated::kParts);
-  if (l.key_dim != kDim) gated.take<float>(l.value_heads * l.key_dim * l.value_dim);
-  return std::max({s.used(), gated.used(), delta_net_chunks_scratch(l)});
+  Scratch work;
+  work.take<float>(l.value_heads * l.key_dim * l.value_dim);
+  return std::max({s.used(), gated.used(), work.used(), delta_net_chunks_scratch(l)});
 }
 
 }  // namespace qn::cuda

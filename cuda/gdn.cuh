@@ -25,7 +25,7 @@ struct Delta {
   bool conv_bf16, ring_inside;  // ring_inside: the kernel for few tokens stores the new inputs
   __device__ int64_t channels() const { return 2 * gk * dk + gv * dv; }
   __device__ float* logged(int pos) const { return log + static_cast<int64_t>(pos & (kDeltaLogRows - 1)) * log_width; }
-  __device__ int log_of(int head) const { return gk * dk + head * (dv + 4); }  // u and alpha of a value head, in a row
+  __device__ int log_u(int head) const { return static_cast<int>(delta_log_u(gk, dk, dv, head)); }  // where u of a value head begins in it; behind, alpha
 };
 
 // ---- convolution and gates ----------------------------------------------------------------------------------------------

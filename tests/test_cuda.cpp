@@ -96,7 +96,7 @@ class Choice {
     const int end = p + static_cast<int>(out.size()) - 1, kept = static_cast<int>(out.size());
     StepParams s;
     device_.download(&s, step_.data(), sizeof s);
-    CHECK((s.pos == end && s.n_tok == 1 && s.from == (kept < rows ? kept : 0)));
+    CHECK((s.pos == end && s.n_tok == 1 && s.from == (rows > 1 ? kept : 0)));
     Ids h(static_cast<size_t>(context_ + 1));
     device_.download(h.data(), history_.data(), h.size() * 4);
     CHECK(h[static_cast<size_t>(end)] == std::max(out.back(), 0));

@@ -443,8 +443,8 @@ std::vector<Case> table() {
     for (int pos : {1, 2, 3, 4, 61, 64}) delta_case(c, pos, pos % 2 ? 1 : 67, 1, 2, 128, 128, conv);
     for (int64_t t = 1; t <= 8; t++) delta_case(c, t % 2 ? static_cast<int>(13 * t) : 0, t, 4, 8, 128, 128, conv, 16);
     for (int64_t t : {1, 2, 3, 5, 8})  // with a log, of which some counts
-      for (int from : {0, 1, 4, 5, 8}) delta_case(c, 40, t, 2, 4, 128, 128, conv, 16, Act::F32, true, from);
-    for (int from : {0, 2, 7}) delta_case(c, 11, 3, 1, 3, 32, 96, conv, 16, Act::F32, true, from);
+      for (int from : {0, 1, 4, 5, 8}) delta_case(c, t == 5 ? 40 : 45, t, 2, 4, 128, 128, conv, 16, Act::F32, true, from);
+    for (int from : {0, 2, 7}) delta_case(c, from == 2 ? 35 : 30, from == 7 ? 8 : 3, 1, 3, 32, 96, conv, 16, Act::F32, true, from);
     for (int64_t t : {1, 9, 127, 128, 129, 160, 191, 192}) delta_case(c, t % 2 ? 0 : 70, t, 2, t == 129 ? 2 : 4, 128, 128, conv, t == 191 ? 16 : 4, Act::BF16);
     for (int pos : {1, 2, 3}) delta_case(c, pos, 128 + pos, 1, 3, 128, 128, conv, 4, Act::BF16);
     delta_case(c, 7, 3, 2, 2, 64, 32, conv);
@@ -677,15 +677,15 @@ static void numbers_come_first(Device& device) {
 TEST_CASE("experts: numbers come first, and NaN stays in its row") { on_the_cpu(numbers_come_first); }
 TEST_CASE("CUDA: experts: numbers come first, and NaN stays in its row") { on_a_gpu(numbers_come_first); }
 
-// A call that logs its tokens, taken back to any token, goes on as if the tokens behind had never been there: bit for bit.
+// A call that logs its tokens, taken back to any of them, goes on as if they had come one by one and those behind had never been there: bit for bit.
 static void logs_lead_back(Device& device) {
   OpLimits l;
   l.tokens = 8, l.width = 4096, l.value_heads = 4, l.key_heads = 2, l.key_dim = 128, l.value_dim = 128;
   device.reserve(l);
   for (const auto& [dk, dv] : {std::pair<int64_t, int64_t>{128, 128}, {32, 64}}) {
-    constexpr int kGk = 2, kGv = 4, kStart = 21;
+    constexpr int kGk = 2, kGv = 4, kStart = 27;  // so that rings and log begin again inside of the calls
     const int64_t ch = 2 * kGk * dk + kGv * dv;
-    const auto step_by = [&](int first, int again) {  // `first` tokens, of which `again` are kept, then three others; the state at the end
+    const auto step_by = [&](int first, int again, int more) {  // `first` tokens (0: one by one), of which `again` are kept, then `more` others; the state behind
       Bench b(device, 77);
       const Floats qkv = b.normals(11 * ch, 1), ba = b.normals(11 * 2 * kGv, 2);
       DeltaNetArgs a;
@@ -700,14 +700,19 @@ static void logs_lead_back(Device& device) {
         a.o = b.out(name, tokens, kGv * dv), a.step = b.step(pos, tokens, from);
         device.delta_net(a);
       };
-      call(0, first, kStart, 0, "o1");
-      call(8, 3, kStart + again, first > 1 ? again : 0, "o2");
-      device.delta_replay({a.log, a.state, kGk, kStart + again + 3, 3});
+      if (first) call(0, first, kStart, 0, "o1");
+      for (int i = 0; !first && i < again; i++) call(i, 1, kStart + i, 0, "o1");
+      call(8, more, kStart + again, first > 1 ? again : 0, "o2");
+      if (more > 1) device.delta_replay({a.log, a.state, kGk, kStart + again + more, more});
       Outputs all = b.finish();
-      return std::pair(all.back().after, all[1].after);  // o of the three, S
+      return std::pair(all.back().after, all[1].after);  // o of the others, S
     };
-    for (int first : {1, 2, 5, 8})
-      for (int kept = 1; kept <= first; kept++) CHECK_MESSAGE(step_by(first, kept) == step_by(kept, kept), device.name(), ": ", kept, " of ", first, ", DK ", dk);
+    for (int more : {1, 3})
+      for (int kept = 1; kept <= 8; kept++) {
+        const auto want = step_by(0, kept, more);
+        for (int first : {1, 2, 5, 8})
+          if (first >= kept) CHECK_MESSAGE(step_by(first, kept, more) == want, device.name(), ": ", kept, " of ", first, ", then ", more, ", DK ", dk);
+      }
   }
 }
 
@@ -730,6 +735,28 @@ TEST_CASE("contracts refuse what does not fit") {
   CHECK_THROWS_AS(d->norm_matmul(a), Bug);
   a.w = b.weights(DType::INT4, 8, 128, 64).columns(0, 64);
   CHECK_THROWS_AS(d->norm_matmul(a), Bug);  // panels cannot be cut along K
+}
+
+TEST_CASE("contracts: a log has room for what is asked") {
+  const auto d = make_ref_device();
+  Bench b(*d, 1);
+  const auto call = [&](int64_t t, int64_t slots, int64_t log_rows) {
+    DeltaNetArgs a;
+    a.qkv = b.in(b.normals(t * 96, 1), t, 96), a.ba = b.in(b.normals(t * 2, 1), t, 2), a.conv = b.weights(DType::F32, 96, 4);
+    a.neg_a = a.dt_bias = b.in(b.normals(1, 1), 1), a.conv_ring = b.out("ring", slots, 96, 0, b.normals(slots * 96, 1));
+    a.state = b.out("state", 1, 32, 32, b.normals(1024, 1)), a.log = b.in(b.normals(log_rows * 68, 1), log_rows, 68);
+    a.o = b.out("o", t, 32), a.key_heads = a.value_heads = 1, a.step = b.step(20, static_cast<int>(t));
+    d->delta_net(a);
+  };
+  CHECK_NOTHROW(call(8, 16, kDeltaLogRows));
+  CHECK_THROWS_AS(call(9, 16, kDeltaLogRows), Bug);
+  CHECK_THROWS_AS(call(6, 8, kDeltaLogRows), Bug);  // inputs that are read would be overwritten
+  CHECK_THROWS_AS(call(8, 16, 8), Bug);
+  const Tensor log = b.in(b.normals(kDeltaLogRows * 68, 1), kDeltaLogRows, 68), state = b.out("state", 1, 32, 32, b.normals(1024, 1));
+  CHECK_NOTHROW(d->delta_replay({log, state, 1, 8, 8}));
+  CHECK_THROWS_AS(d->delta_replay({log, state, 1, 20, 9}), Bug);
+  CHECK_THROWS_AS(d->delta_replay({log, state, 1, 3, 4}), Bug);
+  CHECK_THROWS_AS(d->delta_replay({log, view(state.data, DType::F32, 1, 32, 16), 1, 8, 8}), Bug);
 }
 
 TEST_CASE("contracts: an INT8 cache has scales, others have none") {

@@ -184,10 +184,10 @@ void Device::delta_net(const DeltaNetArgs& a) {
 
 void Device::delta_replay(const DeltaReplayArgs& a) {
   const char* op = "delta_replay";
-  const int64_t gk = a.key_heads, gv = a.state.rows();
-  QN_CHECK(a.state && a.state.dtype == DType::F32 && a.state.ndim == 3 && gk > 0 && gv % gk == 0, "%s: state: expected f32 (GV, DK, DV), got %s with %lld key heads",
-           op, shape(a.state).c_str(), static_cast<long long>(gk));
-  check_act(op, "log", a.log, kDeltaLogRows, delta_log_width(gk, gv, a.state.shape[1], a.state.shape[2]));
+  const int64_t gk = a.key_heads, gv = a.state.rows(), dk = a.state.shape[1], dv = a.state.shape[2];
+  QN_CHECK(a.state && a.state.dtype == DType::F32 && a.state.ndim == 3 && gk > 0 && gv % gk == 0 && dk % 32 == 0 && dv % 32 == 0,
+           "%s: state: expected f32 (GV, DK, DV), got %s with %lld key heads", op, shape(a.state).c_str(), static_cast<long long>(gk));
+  check_act(op, "log", a.log, kDeltaLogRows, delta_log_width(gk, gv, dk, dv));
   QN_CHECK(a.count >= 0 && a.count <= kDeltaLogTokens && a.pos >= a.count, "%s: %d tokens before position %d", op, a.count, a.pos);
   check_disjoint(op, {{"state", a.state}}, {{"log", a.log}});
   make_current();

@@ -69,8 +69,9 @@ struct NormMatmulArgs {
 // as it likes, as long as their product is the same.
 //
 //   | k (GK, DK) | of each value head: u (DV), alpha, three unused |
-constexpr int64_t delta_log_width(int64_t gk, int64_t gv, int64_t dk, int64_t dv) { return gk * dk + gv * (dv + 4); }
-constexpr int kDeltaLogTokens = 8;  // most tokens of a call that is logged
+constexpr int64_t delta_log_u(int64_t gk, int64_t dk, int64_t dv, int64_t value_head) { return gk * dk + value_head * (dv + 4); }  // where u begins
+constexpr int64_t delta_log_width(int64_t gk, int64_t gv, int64_t dk, int64_t dv) { return delta_log_u(gk, dk, dv, gv); }
+constexpr int kDeltaLogTokens = 8;                  // most tokens of a call that is logged
 constexpr int kDeltaLogRows = 2 * kDeltaLogTokens;  // those of a call beside those of the one before it
 
 // Convolution, SiLU, L2 norm, gates and the gated delta rule (model-spec 3.3-3.5; recurrent form 3.5 or chunked 3.6).   D2
@@ -83,10 +84,10 @@ struct DeltaNetArgs {
   Tensor conv_ring; // in/out (slots, CH), slots a power of two >= 4: the input of position p is in slot p & (slots - 1).
                     // Zero before the sequence starts. The call leaves the inputs of its last min(T, slots) positions there.
   Tensor state;     // in/out (GV, DK, DV): S, key index first
-  Tensor log;       // optional in/out (kDeltaLogRows, delta_log_width()), for calls of at most kDeltaLogTokens; position p is in row p % kDeltaLogRows.
-                    // S begins as `state` taken over the rows of the step->from positions before this call. A call of several tokens leaves
-                    // `state` as it began and its tokens in the log, so that it can be taken back to any of them; a call of one leaves S
-                    // behind it, as without a log.
+  Tensor log;       // optional in/out (kDeltaLogRows, delta_log_width()): position p is in row p % kDeltaLogRows. For calls of at most
+                    // kDeltaLogTokens, with slots >= T + 3. S begins as `state` taken over the rows of the step->from positions
+                    // before this call (which is 0 without a log). A call of several tokens leaves `state` as it began and its tokens in
+                    // the log, so that it can be taken back to any of them; a call of one leaves S behind it, as without a log.
   Tensor o;         // out (T, GV*DV)
   Tensor z, out_norm;  // optional: what D3, the next operation, will be given with this o; a device may prepare what that needs
   int key_heads = 0, value_heads = 0;
@@ -94,7 +95,7 @@ struct DeltaNetArgs {
   const StepParams* step = nullptr;
 };
 
-// What calls with a log leave undone: S over its rows of the positions [pos - count, pos). Same bits as in D2.
+// What a call with a log leaves undone: S over the rows of the positions [pos - count, pos), once. Same bits as in D2.
 struct DeltaReplayArgs {
   Tensor log;      // (kDeltaLogRows, delta_log_width())
   Tensor state;    // in/out (GV, DK, DV)
@@ -232,7 +233,7 @@ struct SampleArgs {
   Tensor history;       // in/out (C) I32: the tokens before p are read, [p] is written when p < C
   Tensor ids;           // out (1) I32: the token at p
   const SampleParams* params = nullptr;  // device memory
-  StepParams* step = nullptr;            // in/out, device memory: becomes {p - ahead, 1, rows up to p's when they are not all, else 0}
+  StepParams* step = nullptr;            // in/out, device memory: becomes {p - ahead, 1, rows up to p's, or 0 if there was but one}
   Mail* mail = nullptr;                  // out, memory of alloc_mail(): the tokens of all rows up to p's; null: nobody is told
   int ahead = 0;                         // logits of a layer that predicts further: p = step->pos + step->n_tok + ahead
 };

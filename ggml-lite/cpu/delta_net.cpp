@@ -19,7 +19,7 @@ namespace {
 struct LogRow {  // of a value head: DeltaNetArgs::log
   float *k, *u, *alpha;
   LogRow(const Tensor& log, int64_t pos, int64_t gk, int64_t gv, int64_t head, int64_t dk, int64_t dv)
-      : k(log.f32(pos % kDeltaLogRows) + head / (gv / gk) * dk), u(log.f32(pos % kDeltaLogRows) + gk * dk + head * (dv + 4)), alpha(u + dv) {}
+      : k(log.f32(pos % kDeltaLogRows) + head / (gv / gk) * dk), u(log.f32(pos % kDeltaLogRows) + delta_log_u(gk, dk, dv, head)), alpha(u + dv) {}
 };
 }  // namespace
 

@@ -92,8 +92,8 @@ struct Kernels {
   void (*sigmoid_mul)(const float* gate, const float* x, int64_t n, float* y);             // sigmoid(gate) * x
   void (*conv_silu)(const float* const x[4], const float* taps, int64_t n, float* y);      // taps (4, n)
   // 1 <= tokens <= kDeltaBlock tokens of the gated delta rule for `cols` columns (a multiple of 32) of a state (dk, stride)
-  void (*delta_replay)(float* s, int64_t stride, int64_t dk, int64_t cols, const float* k, const float* u, float alpha);  // the last line of it
   void (*delta_steps)(float* s, int64_t stride, int64_t dk, int64_t cols, const DeltaStep* steps, int tokens);
+  void (*delta_replay)(float* s, int64_t stride, int64_t dk, int64_t cols, const float* k, const float* u, float alpha);  // S <- alpha S + k u', the same bits
   void (*attend)(const Attend&);
   void (*merge)(float* into, const float* part, int width);  // one head of two results of attend, in order
   uint64_t (*read)(const uint8_t* p, int64_t bytes);                    // touches every line once; bytes: a multiple of 256

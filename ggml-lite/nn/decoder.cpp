@@ -243,6 +243,15 @@ void Decoder::take(int32_t id) {
   stats_.tokens++;
   rare_ += ((id >= kCommonIds ? 1.0 : 0.0) - rare_) * kRareRate;
   if (!ready_.empty() || failed_) return;
+  try {
+    begin_pass(id);
+  } catch (...) {
+    timeline_->pop_back();  // the model has not seen it, and what the pass before left still counts
+    throw;
+  }
+}
+
+void Decoder::begin_pass(int32_t id) {
   if (!m_.chooser) guess();
   const int before = rows_ ? right_ + 1 : 0, n = 1 + static_cast<int>(guesses_.size());
   const StepParams at{static_cast<int32_t>(timeline_->size()) - 1, n, rows_ > 1 ? before : 0};
@@ -258,8 +267,8 @@ void Decoder::take(int32_t id) {
     if (n > 1 || lottery_ >= 0) d_.upload(stage_.step, &at, sizeof at);
     m_.pipeline->hand_back(n);
   }
-  start_ = at.pos, rows_ = n, collected_ = false, right_ = 0;
   run_pass(n);
+  start_ = at.pos, rows_ = n, collected_ = false, right_ = 0;
 }
 
 void Decoder::run_pass(int n) {

@@ -93,6 +93,7 @@ class Decoder {
   void collect();
   void choose_on_host();
   void win_by_lottery();
+  void begin_pass(int32_t id);
   void run_pass(int n);
   double time_of(const std::function<void()>& body);
   void guess();

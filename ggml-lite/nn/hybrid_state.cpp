@@ -99,6 +99,7 @@ void HybridState::randomise(int position, uint64_t seed) {
   }
   for (float& v : f) v *= 0.1f;
   fill(recurrent_.data(), static_cast<int64_t>(recurrent_.bytes() / 4), f.data(), 4);
+  if (log_.data()) fill(log_.data(), static_cast<int64_t>(log_.bytes() / 4), f.data(), 4);
 }
 
 void HybridState::forget_after(int position) {

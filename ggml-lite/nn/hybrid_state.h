@@ -4,8 +4,8 @@
 // states and convolution inputs) cannot: going back needs a checkpoint, a copy taken when the sequence was there. Checkpoints hold
 // the recurrent part only; a checkpoint at position p stays true as long as the tokens before p are the same.
 //
-// Inside of the last pass, when it was short and logged its tokens (log()), going back is free: it has left the state as it began, and the
-// next pass begins by taking that over the tokens that count (StepParams::from). Convolution inputs lie in a ring by position, which then
+// Inside of the last pass, when it was short and logged its tokens (log()), going back costs hardly anything: it has left the state as it
+// began, and the next pass begins by taking that over the tokens that count (StepParams::from). Convolution inputs lie in a ring by position, which then
 // has room for the tokens of a pass beside the three that are read.
 #pragma once
 #include <cstdint>
@@ -63,7 +63,7 @@ class HybridState {
     int from = 0;
     std::vector<std::pair<const float*, int64_t>> tail;  // device memory, floats
   };
-  void settle(int position, const Place& place);  // makes it the state, which is then that of `position`
+  void settle(int position, const Place& place);  // once after a pass: makes it the state, which is then that of `position`
   // Copies the recurrent part, which is that of `position` now, or at a place. A passing checkpoint replaces the passing one before it.
   void checkpoint(int position, bool passing = false, const Place* place = nullptr);
   // Restores the newest checkpoint at or before `position` (the start if there is none), forgets those behind it; returns where.

@@ -130,14 +130,14 @@ class RefDevice final : public Device {
         const float* v = &y[2 * gk * dk + h * dv];
         const float beta = sigmoid(a.ba.f32(t)[h]);
         const float alpha = std::exp(a.neg_a.f32()[h] * softplus(a.ba.f32(t)[gv + h] + a.dt_bias.f32()[h]));
-        if (logs) log_of(a.log, pos, gk * dk, h, dv)[dv] = alpha;
+        if (logs) a.log.f32(pos % kDeltaLogRows)[delta_log_u(gk, dk, dv, h) + dv] = alpha;
         float* s = a.state.f32(h);  // (DK, DV)
         for (int64_t i = 0; i < dk * dv; i++) s[i] *= alpha;
         for (int64_t j = 0; j < dv; j++) {
           float m = 0, o = 0;
           for (int64_t i = 0; i < dk; i++) m += s[i * dv + j] * k[i];
           const float u = beta * (v[j] - m);
-          if (logs) log_of(a.log, pos, gk * dk, h, dv)[j] = u;
+          if (logs) a.log.f32(pos % kDeltaLogRows)[delta_log_u(gk, dk, dv, h) + j] = u;
           for (int64_t i = 0; i < dk; i++) s[i * dv + j] += k[i] * u;
           for (int64_t i = 0; i < dk; i++) o += s[i * dv + j] * q[i];
           a.o.f32(t)[h * dv + j] = o;
@@ -147,13 +147,11 @@ class RefDevice final : public Device {
     std::ranges::copy(before, a.state.f32());
   }
 
-  // u and alpha of a value head
-  static float* log_of(const Tensor& log, int64_t pos, int64_t keys, int64_t head, int64_t dv) { return log.f32(pos % kDeltaLogRows) + keys + head * (dv + 4); }
   static void replay(const Tensor& log, const Tensor& state, int64_t gk, int pos, int count) {
     const int64_t gv = state.rows(), dk = state.shape[1], dv = state.shape[2];
     for (int p = pos - count; p < pos; p++)
       for (int64_t h = 0; h < gv; h++) {
-        const float *k = log.f32(p % kDeltaLogRows) + h / (gv / gk) * dk, *u = log_of(log, p, gk * dk, h, dv);
+        const float *row = log.f32(p % kDeltaLogRows), *k = row + h / (gv / gk) * dk, *u = row + delta_log_u(gk, dk, dv, h);
         for (int64_t i = 0; i < dk; i++)
           for (int64_t j = 0; j < dv; j++) {
             float& s = state.f32(h)[i * dv + j];
