@@ -141,6 +141,9 @@ void scale_group(const Product& p, F w, int64_t g, const uint8_t* const* x, cons
 template <int Bits, int Tiles, bool Halves, int T>
 void panel_bytes(const Product& p, const uint8_t* panel, const uint8_t* const* x, float* y) {
   constexpr int kLines = T <= 2 ? 8 : 4;        // lines in flight: whole tiles in order of addresses where registers allow
+  // Asked for in L2, which has room for more lines on their way than the loads themselves find in L1 (16 cores of a Xeon, two machines: experts
+  // at 1.6 instead of 1.3 times the speed of the delta rule beside them). INT8 in two passes, of four tiles at most, hides its order from the hardware.
+  constexpr int kAsk = kLines == 8 ? 4096 : Bits == 8 ? 8192 : 0;
   const __m512i low = _mm512_set1_epi8(15);
   F total[T];
   QN_UNROLL
@@ -180,7 +183,7 @@ void panel_bytes(const Product& p, const uint8_t* panel, const uint8_t* const* x
         QN_UNROLL
         for (int l = 0; l < kLines; l++) {
           const uint8_t* at = tile + i * kTileBytes + (q + l) * 64;
-          if (Bits == 8 && kLines < 8) __builtin_prefetch(at + 8192, 0, 2);  // four tiles in two passes
+          if (kAsk) __builtin_prefetch(at + kAsk, 0, 2);
           const __m512i w = load_line(at);
           if constexpr (Bits == 4) {
             const __m512i lo = _mm512_and_si512(w, low), hi = _mm512_and_si512(_mm512_srli_epi16(w, 4), low);
