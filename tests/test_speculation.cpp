@@ -10,10 +10,12 @@
 #include <cmath>
 #include <fstream>
 #include <map>
+#include <numeric>
 
 #include "cuda/cuda.h"
 #include "ggml-lite/core/loader.h"
-#include "ggml-lite/nn/draft.h"
+#include "ggml-lite/nn/decoder.h"
+#include "ggml-lite/ref/ref.h"
 #include "qnext.h"
 #include "tests/models.h"
 
@@ -448,4 +450,63 @@ TEST_CASE("--draft and --no-draft among the options") {
   CHECK(o.draft == 0);
   CHECK_THROWS_WITH_AS(set("--draft", "8"), doctest::Contains("--draft"), Error);
   CHECK_THROWS_AS(set("--draft", "fast"), Error);
+}
+
+TEST_CASE("drafts: a pass that cannot begin leaves the state of the tokens before it") {
+  constexpr int kVocab = 16, kWidth = 8, kRows = 4, kEnd = 60;
+  const auto device = qn::make_ref_device();
+  qn::StateShape shape;
+  shape.attention = {false}, shape.key_heads = shape.value_heads = 1, shape.key_dim = shape.value_dim = 32;
+  shape.conv_slots = 16, shape.logs = true, shape.tail = kWidth + kVocab;
+  const auto after = [](int32_t id, int position) { return position % 7 == 6 ? 9 : (id + 1) % 4; };  // guesses from the text are right now and then
+  Ids want = {1, 2, 3};
+  while (want.size() < kEnd) want.push_back(after(want.back(), static_cast<int>(want.size()) - 1));
+  uint64_t guessed = 0;
+  for (int fails = 1; fails < 25; fails++) {
+    // A model whose state is the sum of the tokens it has seen, each and one
+    qn::PipelineStage stage(*device, shape, 3, 8);
+    qn::Pipeline pipeline;
+    pipeline.add(stage);
+    std::vector<float> hidden(kRows * kWidth), logits((kRows + 1) * kVocab);
+    const auto see = [&](float* row, int32_t id, int position) { std::fill_n(row, kVocab, 0.f), row[after(id, position)] = 1; };
+    qn::DecoderModel m;
+    m.pipeline = &pipeline;
+    m.hidden = qn::view(hidden.data(), DType::F32, kRows, kWidth), m.logits = qn::view(logits.data(), DType::F32, kRows + 1, kVocab);
+    m.pass = [&](size_t, int n) {
+      const int pos = stage.step->pos, from = stage.step->from;
+      const qn::Tensor state = stage.state.delta(0), log = stage.state.log(0);
+      device->delta_replay({log, state, 1, pos, from});
+      for (int i = 0; i < n; i++) {
+        float* row = log.f32((pos + i) % qn::kDeltaLogRows);
+        std::fill_n(row, 32, 1.f), std::fill_n(row + 32, 32, static_cast<float>(stage.ids.i32()[i] + 1)), row[64] = 1;
+        see(logits.data() + i * kVocab, stage.ids.i32()[i], pos + i);
+      }
+      if (n == 1) device->delta_replay({log, state, 1, pos + 1, 1});
+    };
+    int passes = 0;
+    pipeline.before_pass = [&] {
+      if (++passes == fails) throw qn::Error("no more");
+    };
+    qn::Decoder decoder(std::move(m), kRows - 1);
+    Ids timeline = {1, 2, 3};
+    const auto sum = [&] { return static_cast<float>(std::accumulate(timeline.begin(), timeline.end(), 0) + static_cast<int>(timeline.size())); };
+    std::fill_n(stage.state.delta(0).f32(), 32 * 32, sum());
+    see(stage.state.tail() + kWidth, 3, 2);
+    for (int turn = 0; turn < 2; turn++) {
+      const auto likeliest = [](std::span<const float> l, std::span<const int32_t>, uint64_t) { return static_cast<int32_t>(std::ranges::max_element(l) - l.begin()); };
+      decoder.begin(timeline, kEnd, {}, likeliest, false);
+      try {
+        while (timeline.size() < kEnd - 1) decoder.take(decoder.next());
+      } catch (const qn::Error&) {
+        CHECK(turn == 0);
+      }
+      decoder.abandon();
+      guessed += decoder.stats().accepted;
+      const float* s = stage.state.delta(0).f32();
+      CHECK_MESSAGE(std::all_of(s, s + 32 * 32, [&](float v) { return v == sum(); }), fails, ": ", *s, " behind ", timeline.size(), " tokens, not ", sum());
+    }
+    CHECK(std::equal(timeline.begin(), timeline.end(), want.begin()));
+    CHECK(timeline.size() == kEnd - 1);
+  }
+  CHECK(guessed > 100);
 }
