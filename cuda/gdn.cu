@@ -101,11 +101,10 @@ __global__ void __launch_bounds__(kThreads, 1) delta_net_few_k(const Delta a) {
   float* const old_k = v + Tokens * kThreads;                             // (kDeltaLogTokens, DK) of the log, if Rows > 0
   float* const old_u = old_k + kDeltaLogTokens * dk;                      // (kDeltaLogTokens, kColumns + 4): u, alpha, three unused
 
-  const int my_column = warp * 8 + lane / 16 * 4 + lane / 2 % 4;  // whose sums end in this lane
+  const int my_columns = warp * 8 + lane / 16 * 4, my_column = my_columns + lane / 2 % 4;  // the first of four; whose sums end in this lane
   const int64_t q0 = static_cast<int64_t>(key) * dk, k0 = q0 + static_cast<int64_t>(a.gk) * dk;
   const int64_t v0 = 2ll * a.gk * dk + head * a.dv + column;
   float* const o = a.o + head * a.dv + column + my_column;
-  const int my_columns = warp * 8 + lane / 16 * 4;
   const int64_t my_s = static_cast<int64_t>(head) * dk * a.dv + column + my_columns;
   auto row_of = [&](float* s, int i) { return reinterpret_cast<float4*>(s + my_s + static_cast<int64_t>(16 * i + low) * a.dv); };
   const bool logs = Tokens > 1 && a.log && a.tokens > 1;
@@ -119,7 +118,6 @@ __global__ void __launch_bounds__(kThreads, 1) delta_net_few_k(const Delta a) {
   float z[Tokens], norm = 0;
   float4 w[3] = {};
   if constexpr (Rows > 0) {
-
     static_assert(16 * Rows == kThreads, "a thread convolves one q and one k");
     w[0] = taps(a, q0 + tid), w[1] = taps(a, k0 + tid), w[2] = taps(a, v0 + my_column);
 #pragma unroll
@@ -138,7 +136,8 @@ __global__ void __launch_bounds__(kThreads, 1) delta_net_few_k(const Delta a) {
     if (warp < 3 && lane < 9)
       prefetch_l2(a.ring + ((soon - 3 + warp) & (a.slots - 1)) * a.channels() + (lane < 4 ? q0 + 32 * lane : lane < 8 ? k0 + 32 * (lane - 4) : v0));
     for (int j = warp; j < some; j += kWarps)
-      if (lane < dk / 32 + 3) prefetch_l2(a.logged(soon - some + j) + (lane < dk / 32 ? q0 + 32 * lane : log_u + (lane % 4 == 0 ? column : lane % 4 == 1 ? column + 31 : a.dv)));
+      if (lane < dk / 32 + 3)  // k, then u, which lies across two lines, and alpha
+        prefetch_l2(a.logged(soon - some + j) + (lane < dk / 32 ? q0 + 32 * lane : log_u + (lane % 4 == 0 ? column : lane % 4 == 1 ? column + 31 : a.dv)));
   }
   wait_for_previous();
 

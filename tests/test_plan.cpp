@@ -269,6 +269,9 @@ TEST_CASE("forecast: experts on the host: more slots are faster, as is fetching 
     last = f.decode;
   }
   CHECK(decode(forecast_part(0)) > last);
+  const ForecastPart none = forecast_part(0), half = forecast_part(256);
+  CHECK(forecast(std::span(&none, 1), 4096, {16}, kSpeeds).stream == 0);
+  CHECK(forecast(std::span(&half, 1), 4096, {16}, kSpeeds).stream == doctest::Approx(48 * 256 * 1.65e6 / kSpeeds.bus));
   CHECK(decode(forecast_part(128, 25)) > decode(forecast_part(128, 0)));
   CHECK(decode(forecast_part(128, 25), {16, false}) == doctest::Approx(decode(forecast_part(128, 0))));  // not pinned: nothing is fetched
   CHECK(decode(forecast_part(128), {16, true, 0.5}) < decode(forecast_part(128)) / 2);                   // half of them on a disk

@@ -19,7 +19,7 @@ Forecast forecast(std::span<const ForecastPart> parts, int ubatch, const HostPla
   const auto seconds_of = [&](const ForecastPart& p) {  // a token of a long prompt
     return (p.gpu ? kBytesPerToken / gpu : 1 / (kTokensPerThread * with.threads)) * p.work * p.layers / kReferenceLayers;
   };
-  double token = 0, bound = 0, stream = 0, slowest = 0;
+  double token = 0, bound = 0, slowest = 0;
   int layers = 0;
   for (const ForecastPart& p : parts) layers += p.layers;
   for (const ForecastPart& p : parts) {
@@ -39,8 +39,8 @@ Forecast forecast(std::span<const ForecastPart> parts, int ubatch, const HostPla
     f.misses += missed * n / layers;
     const double each = seconds_of(p);
     slowest = std::max(slowest, each);
-    if (p.slots) stream += n * (p.experts - p.slots) * record * (1 / (with.pinned ? s.bus : std::min(s.bus, kPageable)) + disk);
-    if (!p.gpu) stream += n * p.experts * record * disk;
+    if (p.slots) f.stream += n * (p.experts - p.slots) * record * (1 / (with.pinned ? s.bus : std::min(s.bus, kPageable)) + disk);
+    if (!p.gpu) f.stream += n * p.experts * record * disk;
   }
   f.decode = 1 / token, f.bound = 1 / bound;
   for (int i = 0; i < 2; i++) {
@@ -48,7 +48,7 @@ Forecast forecast(std::span<const ForecastPart> parts, int ubatch, const HostPla
     double compute = 0;
     for (const ForecastPart& p : parts) compute += seconds_of(p) * std::min(prompt, ubatch);
     compute += (prompt - std::min(prompt, ubatch)) * slowest;  // the passes behind the first follow in a pipeline
-    f.prefill[i] = prompt / std::max(compute, passes * stream);
+    f.prefill[i] = prompt / std::max(compute, passes * f.stream);
   }
   return f;
 }

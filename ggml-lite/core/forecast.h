@@ -43,6 +43,7 @@ struct Forecast {
                                   // that of the device, then all else at that of the device
   double misses = 0;              // experts of a token and layer that are not on the device
   double seconds[3] = {};         // of a token: device, bus, host; the latter two overlap
+  double stream = 0;              // seconds that what is not on a device takes to come there, for a pass of a prompt
 };
 // What else could be chosen, and the text that says so when it makes decoding at least 3 % faster: an INT8 cache, a context of 8192, a file with
 // INT8 rest; each frees memory for slots.

@@ -679,6 +679,11 @@ void notes(const Run& run) {
                           decode->name.c_str(), 100 * decode->speed().mean / f.bound, 100 - 100 * f.misses / run.info.chosen, f.misses * run.info.layers, layer, cpu));
       if (layer > cpu) line("", qn::format("and reads ahead in the others, %.1f, while the GPU is at what comes before the experts", layer - cpu));
     }
+    for (const Result& r : run.results) {
+      if (r.kind != Result::Test || r.gen || r.prompt < 512 || f.stream == 0) continue;  // short prompts do not bring all
+      const double allowed = r.prompt / (f.stream * ((r.prompt + p.ubatch - 1) / p.ubatch));
+      line("", qn::format("%s, %.0f %% of %.1f tok/s, which bringing experts without a slot to the GPU allows", r.name.c_str(), 100 * r.speed().mean / allowed, allowed));
+    }
     line("", qn::format("--plan expects %.1f tok/s, prompts of 2048 at %.0f, of 8192 at %.0f", f.decode, f.prefill[0], f.prefill[1]));
   }
   line("", "resident set of the process " + gib(qn::peak_rss()) + " at its peak" +
