@@ -19,7 +19,7 @@
 
 #include "ggml-lite/base/file.h"  // read_text, read_stdin
 #include "ggml-lite/base/json.h"  // Json
-#include "ggml-lite/base/term.h"  // LineEditor, progress_bars, style_on
+#include "ggml-lite/base/term.h"  // LineEditor, exit_code, progress_bars, style_on
 #include "qnext.h"
 
 using namespace qnext;
@@ -42,6 +42,13 @@ void on_interrupt(int) {
   clock_gettime(CLOCK_MONOTONIC, &t);
   if (!interrupted.exchange(true)) interrupted_at = t.tv_sec;
   else if (t.tv_sec - interrupted_at > 10) _exit(130);
+}
+
+// From here on Ctrl-C asks an answer to end. While a prompt is read that may never come it ends the program.
+void hear_interrupts() {
+  struct sigaction action {};
+  action.sa_handler = on_interrupt;  // no SA_RESTART: reading a line shall end, too
+  sigaction(SIGINT, &action, nullptr);
 }
 
 double now() { return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count(); }
@@ -176,16 +183,18 @@ void parse_args(CLI::App& app, Args& a, int argc, char** argv) {
   group = "Instead of an answer";
   auto* tokenize = app.add_flag("--tokenize", a.tokenize, "JSON lines {\"text\": ...} on stdin to {\"ids\": [...]}; needs no weights")->group(group);
   auto* detokenize = app.add_flag("--detokenize", a.detokenize, "the reverse")->group(group);
-  app.add_flag("--info", a.info, "facts about the model and the memory plan (also with --json)")->group(group);
-  app.add_flag("--plan", a.plan, "where everything would go and how fast that would be, from two seconds of measuring; allocates nothing for the model (also with --json)")->group(group);
+  auto* info = app.add_flag("--info", a.info, "facts about the model and the memory plan (also with --json)")->group(group);
+  auto* plan = app.add_flag("--plan", a.plan, "where everything would go and how fast that would be, from two seconds of measuring; allocates nothing for the model (also with --json)")->group(group);
   app.add_flag("--list-devices", a.devices, "what --device can name here")->group(group);
 
   app.parse(argc, argv);
 
-  const std::pair<CLI::Option*, CLI::Option*> conflicts[] = {{prompt, file}, {prompt, chat}, {file, chat}, {raw, chat},
-                                                             {raw, system}, {raw, tools}, {tokenize, detokenize}};
+  const std::pair<CLI::Option*, CLI::Option*> conflicts[] = {{prompt, file}, {prompt, chat}, {file, chat}, {raw, chat}, {raw, system}, {raw, tools},
+                                                             {tokenize, detokenize}, {tokenize, info}, {tokenize, plan}, {detokenize, info},
+                                                             {detokenize, plan}, {info, plan}};
   for (const auto& [one, other] : conflicts)
     if (one->count() && other->count()) throw CLI::ExcludesError(one->get_name(), other->get_name());
+  if (std::ranges::count(a.stop, "")) throw CLI::ValidationError("--stop", "expected a text that is not empty");
   if (a.max_tokens < 0 && tokens->count()) throw CLI::ValidationError("--tokens", "expected a number of at least 0");
   a.has_prompt = prompt->count() > 0, a.has_file = file->count() > 0;
   if (a.model.empty() && !a.devices) throw CLI::RequiredError("-m MODEL.qn");
@@ -492,7 +501,7 @@ class Chat {
     messages_.push_back(message(said.first, said.second));
     attempt_ = 0;
     try {
-      if (!answer()) messages_.pop_back();
+      if (!answer()) messages_.pop_back(), note("stopped before the first word; the turn is dropped");
     } catch (...) {
       messages_.pop_back();
       throw;
@@ -501,8 +510,7 @@ class Chat {
 
   // false: stopped before the first word; the conversation is as before.
   bool answer() {
-    const Reply r = speaker_.say(speaker_.chat_tokens(messages_), false, speaker_.sampling.seed + attempt_, true);
-    if (r.sync.interrupted) note("stopped while reading the prompt; the turn is dropped");
+    const Reply r = speaker_.say(speaker_.chat_tokens(messages_), false, (speaker_.sampling.seed + attempt_) & INT64_MAX, true);
     if (r.sync.interrupted || (r.made.ids.empty() && r.made.finish == Finish::Interrupted)) return false;
     Message m = message("assistant", r.answer.content);
     if (speaker_.engine.info().chat == qn::ChatStyle::Thinking) m.reasoning = r.answer.reasoning;
@@ -519,6 +527,7 @@ class Chat {
     attempt_++;  // another seed, or the answer would be the same
     try {
       if (answer()) return;
+      note("stopped before the first word; the answer stays as it was");
     } catch (...) {
       messages_.push_back(std::move(old));
       throw;
@@ -528,7 +537,7 @@ class Chat {
 
   void undo() {
     size_t n = messages_.size();
-    while (n > 0 && messages_[n - 1].role != "user") n--;
+    while (n > 0 && messages_[n - 1].role != "user" && messages_[n - 1].role != "tool") n--;
     if (n == 0) return note("there is nothing to undo");
     note("undone: " + beginning(messages_[n - 1].content));
     messages_.resize(n - 1);
@@ -564,16 +573,21 @@ class Chat {
     const std::string word = line.substr(1, end - 1);
     if (word.empty() || (end != line.npos && line[end] != ' ')) return false;
     const std::string rest = end == line.npos ? "" : line.substr(end + 1);
+    const size_t first = rest.find_first_not_of(' '), last = rest.find_last_not_of(' ');
+    const std::string name = first == rest.npos ? "" : rest.substr(first, last + 1 - first);  // of a file; of a setting, and its value
     if (word == "help") help();
     else if (word == "clear") messages_.resize(!messages_.empty() && messages_[0].role == "system"), speaker_.forget(), attempt_ = 0;
     else if (word == "regen") regenerate();
     else if (word == "undo") undo();
     else if (word == "exit" || word == "quit") done_ = true;
     else if (word == "system") set_system(rest);
-    else if (word == "read") turn({"user", qn::read_text(rest, kMaxPrompt)});
+    else if (word == "read") turn({"user", qn::read_text(name, kMaxPrompt)});
     else if (word == "tool") turn({"tool", rest});
-    else if (word == "set" && rest.empty()) settings();
-    else if (word == "set") set_sampler(speaker_.sampling, rest.substr(0, rest.find(' ')), rest.substr(std::min(rest.find(' '), rest.size() - 1) + 1));
+    else if (word == "set" && name.empty()) settings();
+    else if (word == "set") {
+      const size_t gap = std::min(name.find(' '), name.size()), value = name.find_first_not_of(' ', gap);
+      set_sampler(speaker_.sampling, name.substr(0, gap), value == name.npos ? "" : name.substr(value));
+    }
     else note("unknown command /" + word + "; /help lists them");
     return true;
   }
@@ -711,6 +725,7 @@ int one_shot(Speaker& speaker, const Args& a, bool raw) {
   std::string text = a.has_prompt ? a.prompt : a.has_file ? qn::read_text(a.file, kMaxPrompt) : qn::read_stdin(kMaxPrompt);
   if (!raw && !a.has_prompt && text.ends_with('\n')) text.erase(text.size() - (text.ends_with("\r\n") ? 2 : 1));  // the end of the file, not of the sentence
   if (text.empty()) qn::fail("the prompt is empty");
+  hear_interrupts();
   std::vector<int32_t> prompt;
   if (raw) {
     prompt = speaker.engine.tokenize(text, false);
@@ -721,6 +736,8 @@ int one_shot(Speaker& speaker, const Args& a, bool raw) {
     prompt = speaker.chat_tokens(messages);
   }
   const Reply r = speaker.say(prompt, raw, speaker.sampling.seed, a.verbose || qn::stderr_is_terminal());
+  if (!a.json && !a.verbose && !qn::stdout_is_terminal() && r.made.finish == Finish::Length && r.answer.content.empty() && !r.answer.reasoning.empty())
+    note("-n ended the answer in the midst of a thought, which -v shows");
   return r.sync.interrupted || r.made.finish == Finish::Interrupted ? 130 : 0;
 }
 
@@ -742,10 +759,10 @@ int run(const Args& a) {
                                                             a.model.c_str());
   Engine engine = Engine::open(a.model, a.options, qn::progress_bars("B"));
   Speaker speaker(engine, a, now() - start);
-  struct sigaction action {};
-  action.sa_handler = on_interrupt;  // no SA_RESTART: reading a line shall end, too
-  sigaction(SIGINT, &action, nullptr);
-  return chat ? Chat(speaker).run() : one_shot(speaker, a, a.raw || base);
+  if (!chat) return one_shot(speaker, a, a.raw || base);
+  if (qn::is_directory("/dev/stdin")) qn::fail("standard input: is a folder, expected lines");
+  hear_interrupts();
+  return Chat(speaker).run();
 }
 
 int usage(const std::string& what) {
@@ -766,7 +783,7 @@ int main(int argc, char** argv) {
   try {
     parse_args(app, args, argc, argv);
   } catch (const CLI::Success& e) {
-    return app.exit(e);  // --help, --version
+    return qn::exit_code("qnext-cli", app.exit(e));  // --help, --version
   } catch (const std::exception& e) {
     return usage(e.what());
   }

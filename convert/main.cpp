@@ -114,7 +114,7 @@ int main(int argc, char** argv) {
     options = options_of(app, a);
     if (!a.synthetic.empty()) qn::synthetic_config(a.synthetic, a.layers);
   } catch (const CLI::CallForHelp& e) {
-    return app.exit(e);
+    return qn::exit_code("qnext-convert", app.exit(e));
   } catch (const std::exception& e) {
     std::fprintf(stderr, "qnext-convert: %s (try --help)\n", e.what());
     return 2;
@@ -123,7 +123,7 @@ int main(int argc, char** argv) {
     if (std::signal(s, on_signal) == SIG_IGN) std::signal(s, SIG_IGN);  // as nohup left it
   try {
     print_report(a, convert(a, options));
-    return 0;
+    return qn::exit_code("qnext-convert", 0);
   } catch (const std::exception& e) {
     std::fprintf(stderr, "qnext-convert: %s\n", e.what());
     return 1;

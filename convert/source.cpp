@@ -79,7 +79,9 @@ class Complaints {
   }
 
   void tell(const Notice& notice) {
-    for (Line& l : lines_) {
+    constexpr size_t kMost = 20;
+    for (size_t n = 0; n < std::min(lines_.size(), kMost); n++) {
+      Line& l = lines_[n];
       std::vector<int>& e = l.experts;
       std::sort(e.begin(), e.end());
       std::string runs;
@@ -89,6 +91,7 @@ class Complaints {
       }
       notice(l.head + (e.size() > 1 ? "{" + runs + "}" : runs) + l.tail);
     }
+    if (lines_.size() > kMost) notice(format("and %zu more like these", lines_.size() - kMost));
   }
 
  private:

@@ -63,7 +63,7 @@ int main(int argc, char** argv) {
     app.parse(argc, argv);
     if (options.group && !experts.empty() && experts != "int4") throw CLI::ValidationError("--group is for int4 experts");
   } catch (const CLI::CallForHelp& e) {
-    return app.exit(e);
+    return qn::exit_code("qnext-quantize", app.exit(e));
   } catch (const std::exception& e) {
     std::fprintf(stderr, "qnext-quantize: %s (try --help)\n", e.what());
     return 2;
@@ -82,5 +82,5 @@ int main(int argc, char** argv) {
     std::fprintf(stderr, "qnext-quantize: %s\n", e.what());
     return 1;
   }
-  return 0;
+  return qn::exit_code("qnext-quantize", 0);
 }

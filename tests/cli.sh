@@ -44,6 +44,13 @@ refused 2 "excludes" "$cli" -m "$m" --chat -p x
 refused 2 "temp.*number.*abc" "$cli" -m "$m" -p x --temp abc
 refused 2 "top-p.*7" "$cli" -m "$m" -p x --top-p 7
 refused 2 "seed" "$cli" -m "$m" -p x --seed -1
+refused 2 "stop.*empty" "$cli" -m "$m" -p x --stop ""
+refused 2 "excludes" "$cli" -m "$m" --info --plan
+refused 1 "empty one" "$cli" -m "$m" -f ""
+for value in nan inf -1; do
+  refused 2 "bandwidth.*$value" "$bin/qnext-bench" -m "$m" --bandwidth $value
+  refused 2 "tol.*$value" "$bin/qnext-perplexity" -m "$m" -f "$0" --tol $value
+done
 refused 2 "tokens" "$cli" -m "$m" -p x -n -5
 refused 2 "threads.*0" "$cli" -m "$m" -p x --threads 0
 refused 2 "draft.*8" "$cli" -m "$m" -p x --draft 8
@@ -124,6 +131,32 @@ same "exit code of --plan --json" 0 $?
 same "lines of --plan --json" 1 "$(wc -l <"$tmp/out" | tr -d ' ')"
 has "--plan --json" '^{"devices":\[{"device":"cpu.*"first_layer":5,"layers":3,.*"expert_slots":0}\],"planned_context":[1-9].*"decode_tokens_per_second":[0-9.e+]*,.*}$' "$tmp/out"
 "$cli" -m "$m" --info >"$tmp/out" && has "info" "^layers  *8$" "$tmp/out"
+
+# ---- output that cannot be written: 1, and one line that says so
+for command in "$cli --version" "$cli --help" "$bin/qnext-perplexity -m $m -f $0 --limit 50" "$bin/qnext-quantize $m $tmp/q.qn --rest int8"; do
+  $command >/dev/full 2>"$tmp/err" </dev/null
+  same "exit code of $command >/dev/full" 1 $?
+  has "$command >/dev/full" "standard output: .*could not be written" "$tmp/err"
+done
+echo old >"$tmp/old.qn"
+(ulimit -f 1000 && "$bin/qnext-quantize" "$m" "$tmp/old.qn" --rest int8 2>"$tmp/err" >"$tmp/out")
+same "exit code beyond a limit of file sizes" 1 $?
+has "beyond a limit of file sizes" "cannot write" "$tmp/err"
+same "the file there was" old "$(cat "$tmp/old.qn")"
+same "temporary files" "" "$(ls "$tmp" | grep tmp-)"
+if [ "$(id -u)" != 0 ]; then
+  chmod 444 "$tmp/old.qn"
+  refused 1 "denied" "$bin/qnext-quantize" "$m" "$tmp/old.qn" --rest int8
+  same "the write-protected file there was" old "$(cat "$tmp/old.qn")"
+fi
+
+# ---- Ctrl-C while a prompt is read that may never come
+mkfifo "$tmp/fifo"
+sleep 10 >"$tmp/fifo" &
+writer=$!
+timeout -s INT -k 3 1 "$cli" -m "$m" -f "$tmp/fifo" >"$tmp/out" 2>"$tmp/err" </dev/null
+same "Ctrl-C while a prompt is read: by that signal, not the next" 124 $?
+kill $writer 2>/dev/null
 
 # ---- one answer: only its words on stdout, nothing else anywhere
 answer=$(say -p "$question")
@@ -234,6 +267,9 @@ $a2" "$(cat "$tmp/out")"
 printf '%s\n/clear\n%s\n' "$first" "$first" | chat >"$tmp/out"
 same "/clear" "$a1
 $a1" "$(cat "$tmp/out")"
+printf '%s\n/tool x\n/tool y\n/undo\n/set  top-k  5 \n/set seed 9223372036854775807\n/regen\n/set\n' "$first" | chat >"$tmp/out"
+has "/undo of the result of a tool" "^undone: y$" "$tmp/err"
+has "/set with blanks" "^top-k  *5$" "$tmp/err"
 printf '/help\n/nonsense\n/set top-p 9\n/undo\n/regen\n\n%s\n/exit\n%s\n' "$first" "$first" | chat >"$tmp/out"
 same "commands say nothing on stdout, /exit ends" "$a1" "$(cat "$tmp/out")"
 has "/help" "/system TEXT" "$tmp/err"

@@ -1,7 +1,6 @@
 #include "ggml-lite/base/file.h"
 
 #include <fcntl.h>
-#include <signal.h>
 #include <sys/mman.h>
 #include <sys/resource.h>
 #include <sys/stat.h>
@@ -12,6 +11,7 @@
 #include <atomic>
 #include <cerrno>
 #include <chrono>
+#include <csignal>
 #include <cstdlib>
 #include <cstring>
 #include <string_view>
@@ -161,6 +161,8 @@ OutFile::OutFile(const std::string& path) : path_(path) {
   if (::stat(path_.c_str(), &st) == 0 && !S_ISREG(st.st_mode))
     fail("%s: cannot write: is %s, expected the name of a file", path.c_str(),
          S_ISDIR(st.st_mode) ? "a folder" : "not a regular file");
+  if (file_exists(path_) && ::access(path_.c_str(), W_OK) != 0) fail("%s: cannot write: %s", path_.c_str(), reason().c_str());
+  std::signal(SIGXFSZ, SIG_IGN);  // beyond a limit of file sizes write() fails, and says so
   const std::string first = path_ + format(".tmp-%d", static_cast<int>(::getpid()));
   temp_ = first;
   for (int i = 1;; i++) {  // a leftover of a killed process that had our number is not ours to remove
@@ -237,7 +239,8 @@ std::string read_text(const std::string& path, uint64_t max_bytes) {
   struct Closer {
     int fd;
     ~Closer() { close_fd(fd); }
-  } file{::open(path.c_str(), O_RDONLY | O_CLOEXEC)};
+  } file{path.empty() ? -1 : ::open(path.c_str(), O_RDONLY | O_CLOEXEC)};
+  if (path.empty()) fail("expected the name of a file, got an empty one");
   if (file.fd < 0) fail("%s: cannot open: %s", path.c_str(), reason().c_str());
   return read_all(file.fd, path, max_bytes);
 }

@@ -56,7 +56,7 @@ class File {
 // on a signal, see remove_unfinished_files). write() may be called from several threads at once.
 class OutFile {
  public:
-  explicit OutFile(const std::string& path);  // throws Error: no such folder, no permission, target is a directory
+  explicit OutFile(const std::string& path);  // throws Error: no such folder, no permission, target is a directory or write-protected
   OutFile(OutFile&&) noexcept;
   ~OutFile();
   void write(uint64_t offset, std::span<const uint8_t> bytes);  // throws Error, e.g. "No space left on device"

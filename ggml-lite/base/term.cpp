@@ -12,6 +12,7 @@
 #include <cmath>
 #include <csignal>
 #include <cstdio>
+#include <iostream>
 
 #include "ggml-lite/base/check.h"
 
@@ -120,6 +121,13 @@ std::vector<uint64_t> parse_sizes(const std::string& text, const char* option) {
     list.push_back(parse_size(text.substr(at, end - at), option));
   }
   return list;
+}
+
+int exit_code(const char* program, int code) {
+  std::cout.flush();
+  if (std::cout && std::fflush(stdout) == 0 && !std::ferror(stdout)) return code;
+  std::fprintf(stderr, "%s: standard output: what was printed could not be written\n", program);
+  return 1;
 }
 
 double parse_number(const std::string& text, const char* option, double min, double max) {

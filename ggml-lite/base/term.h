@@ -15,6 +15,9 @@ bool stdin_is_terminal();
 bool stdout_is_terminal();
 bool stderr_is_terminal();
 
+// The end of a program: `code`, or 1 and a line on stderr when something printed to standard output is lost, as on a full disk.
+int exit_code(const char* program, int code);
+
 enum class Style { Plain, Dim, Bold, Red, Green, Cyan };
 // Escape sequences for what goes to `fd` (2 stderr, 1 stdout); "" when that is no terminal or after colours(false).
 std::string_view style_on(Style s, int fd = 2);

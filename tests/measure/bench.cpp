@@ -131,8 +131,8 @@ void parse_args(CLI::App& app, Args& a, int argc, char** argv) {
   std::string acceptance;
   app.add_option("--simulate-acceptance", acceptance, "generate with guesses of which each is right with these probabilities, as 0.6,0.7,0.8: all the work is "
                  "done, whatever is guessed; at each number of guesses up to --draft (default 7), and auto")->type_name("LIST");
-  app.add_option("--bandwidth", bandwidth, "what this memory is known to read: % of roofline is of that, unless more is measured")
-      ->type_name("GB/s")->check(CLI::NonNegativeNumber);
+  app.add_option_function<std::string>("--bandwidth", [&bandwidth](const std::string& v) { bandwidth = qn::parse_number(v, "--bandwidth", 0, 1e6); },
+                                       "what this memory is known to read: % of roofline is of that, unless more is measured")->type_name("GB/s");
   app.add_option("-o,--output", a.format, "md, csv, json, jsonl or sql (default md)")->type_name("FORMAT")
       ->check(CLI::IsMember({"md", "csv", "json", "jsonl", "sql"}));
   app.add_option("--plot", a.plot, "draw prefill and decode speed")->type_name("FILE.png");
@@ -718,9 +718,9 @@ class Output {
     std::cout << (sql ? "INSERT INTO qnext_bench (" + names + ") VALUES (" + values + ");" : values) << std::endl;
   }
 
-  // `whole`: nothing went wrong; else nothing is said when nothing was measured.
+  // `whole`: nothing went wrong; else nothing but JSON is said when nothing was measured.
   void end(const std::vector<Run>& runs, const Args& a, bool whole) const {
-    if (!whole && !count_) return;
+    if (!whole && !count_ && format_ != "json") return;
     if (format_ == "json") std::cout << (count_ ? "\n]\n" : "[]\n");
     if (format_ == "md")
       for (const Run& run : runs) {
@@ -731,7 +731,6 @@ class Output {
         }
         notes(run);
       }
-    if (!std::cout.flush()) qn::fail("standard output: could not be written");
   }
 
  private:
@@ -798,6 +797,7 @@ void run_model(const std::string& path, const Args& a, std::vector<Run>& runs, O
   const int need = positions(a);
   {
     const qn::QnFile file = qn::QnFile::open(path);
+    if (!file.has("model.layer_kinds")) Engine::open(path, options);  // which says what this file is instead
     for (int64_t kind : file.integers("model.layer_kinds", qn::kMaxLayers, 0, 1)) run.attention_layers += kind == 1;
     const auto most = static_cast<int>(file.integer("model.context", 1, qn::kMaxContext));
     if (!options.ctx) options.ctx = std::min((need + 256) / 256 * 256, most);
@@ -896,7 +896,7 @@ int main(int argc, char** argv) {
   try {
     parse_args(app, args, argc, argv);
   } catch (const CLI::Success& e) {
-    return app.exit(e);
+    return qn::exit_code("qnext-bench", app.exit(e));
   } catch (const std::exception& e) {
     std::cerr << "qnext-bench: " << e.what() << " (see qnext-bench --help)\n";
     return 2;
@@ -904,7 +904,7 @@ int main(int argc, char** argv) {
   for (const int s : {SIGINT, SIGTERM, SIGHUP})
     if (std::signal(s, stop) == SIG_IGN) std::signal(s, SIG_IGN);
   try {
-    return run(args);
+    return qn::exit_code("qnext-bench", run(args));
   } catch (const Interrupted&) {
     std::cerr << "qnext-bench: interrupted; the report holds what was measured before\n";
     return 128 + signalled;

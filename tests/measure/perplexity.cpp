@@ -494,10 +494,10 @@ void parse_args(CLI::App& app, Args& a, int argc, char** argv) {
   app.add_option("--check", a.checks, "compare with recorded values (repeatable); exit code 1 beyond the bounds")
       ->type_name("FILE")->expected(1)
       ->multi_option_policy(CLI::MultiOptionPolicy::TakeAll);
-  auto* tol = app.add_option("--tol", a.tol, "allowed max |d logit| (default 1e-3 with --act f32; else not judged)")
-      ->type_name("X")->check(CLI::NonNegativeNumber);
-  app.add_option("--ppl-tol", a.ppl_tol, "allowed difference of perplexity in percent (default 0.1)")
-      ->type_name("X")->check(CLI::NonNegativeNumber);
+  auto* tol = app.add_option_function<std::string>("--tol", [&a](const std::string& v) { a.tol = qn::parse_number(v, "--tol", 0, 1e6); },
+                                                   "allowed max |d logit| (default 1e-3 with --act f32; else not judged)")->type_name("X");
+  app.add_option_function<std::string>("--ppl-tol", [&a](const std::string& v) { a.ppl_tol = qn::parse_number(v, "--ppl-tol", 0, 1e6); },
+                                       "allowed difference of perplexity in percent (default 0.1)")->type_name("X");
   app.add_flag("--no-mtp", a.no_mtp, "do not check MTP logits");
   app.add_option("-f,--file", a.file, "perplexity over this text")->type_name("FILE");
   app.add_option("--window", a.window, "tokens of a window (default 2048)")->type_name("N")->check(CLI::Range(2, 1 << 24));
@@ -533,13 +533,13 @@ int main(int argc, char** argv) {
   try {
     parse_args(app, args, argc, argv);
   } catch (const CLI::Success& e) {
-    return app.exit(e);
+    return qn::exit_code("qnext-perplexity", app.exit(e));
   } catch (const std::exception& e) {
     std::cerr << "qnext-perplexity: " << e.what() << " (see qnext-perplexity --help)\n";
     return 2;
   }
   try {
-    return run(std::move(args));
+    return qn::exit_code("qnext-perplexity", run(std::move(args)));
   } catch (const std::exception& e) {
     std::cerr << "qnext-perplexity: " << qn::format("%s", e.what()) << '\n';
     return 1;
