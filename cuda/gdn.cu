@@ -58,14 +58,14 @@ __device__ __forceinline__ float sum_of_8_over_16_lanes(float (&x)[8], int lane)
 }
 
 // Four columns of a row of S over a token
-__device__ __forceinline__ void take_over(float4& s, float alpha, float k, const float4& u) {
+__device__ __forceinline__ void advance(float4& s, float alpha, float k, const float4& u) {
   s = make_float4(fmaf(k, u.x, alpha * s.x), fmaf(k, u.y, alpha * s.y), fmaf(k, u.z, alpha * s.z), fmaf(k, u.w, alpha * s.w));
 }
 // ... over those of the log, `count` before pos
 __device__ __forceinline__ void replay(const Delta& a, float4& s, int pos, int count, int head, int row, int column) {
   for (int p = pos - count; p < pos; p++) {
     const float *at = a.logged(p), *u = at + a.log_u(head);
-    take_over(s, u[a.dv], at[head / (a.gv / a.gk) * a.dk + row], *reinterpret_cast<const float4*>(u + column));
+    advance(s, u[a.dv], at[head / (a.gv / a.gk) * a.dk + row], *reinterpret_cast<const float4*>(u + column));
   }
 }
 // Grid: DK * DV / 1024 x GV
@@ -213,7 +213,7 @@ __global__ void __launch_bounds__(kThreads, 1) delta_net_few_k(const Delta a) {
         const float4 u = *reinterpret_cast<const float4*>(old_u + j * (kColumns + 4) + my_columns);
         const float alpha = old_u[j * (kColumns + 4) + kColumns];
 #pragma unroll
-        for (int i = 0; i < Rows; i++) take_over(s[i], alpha, old_k[j * dk + 16 * i + low], u);
+        for (int i = 0; i < Rows; i++) advance(s[i], alpha, old_k[j * dk + 16 * i + low], u);
       }
       if (logs && from > 0)
 #pragma unroll
@@ -265,7 +265,7 @@ __global__ void __launch_bounds__(kThreads, 1) delta_net_few_k(const Delta a) {
       const float u2 = __shfl_sync(0xffffffffu, ku, (lane & 16) + 4), u3 = __shfl_sync(0xffffffffu, ku, (lane & 16) + 6);
 #pragma unroll
       for (int i = 0; i < (Rows > 0 ? Rows : dk / 16); i++) {
-        take_over(Rows > 0 ? s[Rows > 0 ? i : 0] : *s_row(i), alpha, kq_t[16 * i].x, make_float4(u0, u1, u2, u3));
+        advance(Rows > 0 ? s[Rows > 0 ? i : 0] : *s_row(i), alpha, kq_t[16 * i].x, make_float4(u0, u1, u2, u3));
       }
     }
     if constexpr (Rows == 0) __syncthreads();  // before the next tokens' q and k

@@ -236,11 +236,11 @@ static std::string read_all(int fd, const std::string& where, uint64_t max_bytes
 }
 
 std::string read_text(const std::string& path, uint64_t max_bytes) {
+  if (path.empty()) fail("expected the name of a file, got an empty one");
   struct Closer {
     int fd;
     ~Closer() { close_fd(fd); }
-  } file{path.empty() ? -1 : ::open(path.c_str(), O_RDONLY | O_CLOEXEC)};
-  if (path.empty()) fail("expected the name of a file, got an empty one");
+  } file{::open(path.c_str(), O_RDONLY | O_CLOEXEC)};
   if (file.fd < 0) fail("%s: cannot open: %s", path.c_str(), reason().c_str());
   return read_all(file.fd, path, max_bytes);
 }

@@ -5,8 +5,8 @@
 // the recurrent part only; a checkpoint at position p stays true as long as the tokens before p are the same.
 //
 // Inside of the last pass, when it was short and logged its tokens (log()), going back costs hardly anything: it has left the state as it
-// began, and the next pass begins by taking that over the tokens that count (StepParams::from). Convolution inputs lie in a ring by position, which then
-// has room for the tokens of a pass beside the three that are read.
+// began, and the next pass begins by taking that over the tokens that count (StepParams::from). Convolution inputs lie in a ring by
+// position, which then has room for the tokens of a pass beside the three that are read.
 #pragma once
 #include <cstdint>
 #include <vector>
