@@ -16,6 +16,10 @@
 #include "ggml-lite/ref/ref.h"
 #include "tests/close.h"
 
+namespace qn::cpu {
+const Kernels* soft_amx_kernels();  // soft_amx.cpp
+}
+
 namespace {
 
 using namespace qn;
@@ -30,6 +34,10 @@ std::vector<Level> levels() {
   for (Isa isa : {Isa::Scalar, Isa::Avx2, Isa::Avx512})
     for (cpu::Extra most : {cpu::Extra::None, cpu::Extra::Bf16, cpu::Extra::Amx})
       if (const cpu::Kernels* k = cpu::kernels_of(isa, most); k && (all.empty() || all.back().kernels != k)) all.push_back({isa, k});
+  // without AMX, its kernels with tiles in software, which are compiled for the level below
+  if (all.back().kernels == cpu::kernels_of(Isa::Avx512, cpu::Extra::Bf16) && all.back().kernels == cpu::avx512bf16_kernels() &&
+      cpu::soft_amx_kernels() != all.back().kernels)
+    all.push_back({Isa::Avx512, cpu::soft_amx_kernels()});
   return all;
 }
 
@@ -132,7 +140,8 @@ TEST_CASE("cpu kernels: products of every format, rounding and instruction set")
             for (int i = 0; i < 64; i++) REQUIRE(prepared.back()[static_cast<size_t>(m.product.bytes + i)] == 0xee);
             xs.push_back(prepared.back().data());
           }
-          std::vector<uint8_t> unpacked(static_cast<size_t>(cpu::kPanels * m.product.unpacked + cpu::kBlock * m.product.bytes));
+          Arena unpacked(static_cast<size_t>(cpu::kPanels * m.product.unpacked + cpu::kBlock / cpu::kPacked * m.product.packed + 64));
+          Arena packed(static_cast<size_t>((kTokens + cpu::kPacked - 1) / cpu::kPacked * m.product.packed + 64));
           Floats first;  // all tokens at once
           double worst = 0;
           int unequal = 0, misplaced = 0, checked = 0;
@@ -142,7 +151,11 @@ TEST_CASE("cpu kernels: products of every format, rounding and instruction set")
               if (n < 31 && (n > 17 || (tokens != 1 && tokens != 4) || k > 256)) continue;
               m.rows = n;
               Floats y(static_cast<size_t>(kTokens * kRows), 7777.f);
-              cpu::multiply(m, {0, m.panels()}, xs.data(), tokens, unpacked.data(), [&](int64_t r0, int rows, int64_t t0, int count, const float* tile) {
+              const bool before = m.takes_packed(tokens) && tokens % 2;  // packed before, or there
+              for (int64_t t = 0; before && t < tokens; t += cpu::kPacked)
+                m.many->pack(m.product, &xs[static_cast<size_t>(t)], static_cast<int>(std::min<int64_t>(cpu::kPacked, tokens - t)),
+                             packed.data() + t / cpu::kPacked * m.product.packed);
+              cpu::multiply(m, {0, m.panels()}, {xs.data(), tokens, before ? packed.data() : nullptr}, unpacked.data(), [&](int64_t r0, int rows, int64_t t0, int count, const float* tile) {
                 for (int t = 0; t < count; t++)
                   for (int r = 0; r < rows; r++) y[static_cast<size_t>((t0 + t) * kRows + r0 + r)] = tile[16 * t + r];
               });
@@ -512,17 +525,17 @@ TEST_CASE("cpu device: routing survives NaN, memory and scratch are refused by n
   } catch (const Error& e) {
     CHECK(std::string(e.what()).find("the key-value cache") != std::string::npos);
   }
-  Floats h(65 * 128), y(65 * 32);
+  Floats h(96 * 128), y(96 * 32);
   const std::vector<uint8_t> w = random_weights({DType::BF16, 0}, 32, 128);
   NormMatmulArgs a;
-  a.h = of(h, 65, 128), a.act = Act::INT8, a.w = weight(w.data(), DType::BF16, 32, 128), a.y = of(y, 65, 32);
-  CHECK_NOTHROW(d->norm_matmul(a));  // one token more, but narrow: fits
-  Floats wide(65 * 512);
+  a.h = of(h, 96, 128), a.act = Act::INT8, a.w = weight(w.data(), DType::BF16, 32, 128), a.y = of(y, 96, 32);
+  CHECK_NOTHROW(d->norm_matmul(a));  // more tokens, but narrow: fits
+  Floats wide(96 * 512);
   const std::vector<uint8_t> w2 = random_weights({DType::BF16, 0}, 32, 512);
-  a.h = of(wide, 65, 512), a.act = Act::F32, a.w = weight(w2.data(), DType::BF16, 32, 512);
+  a.h = of(wide, 96, 512), a.act = Act::F32, a.w = weight(w2.data(), DType::BF16, 32, 512);
   CHECK_THROWS_AS(d->norm_matmul(a), Bug);
   OpLimits more = limits();
-  more.tokens = 65;
+  more.tokens = 96;
   d->reserve(more);
   CHECK_NOTHROW(d->norm_matmul(a));
   Buffer b = d->alloc(1000, "a buffer");
@@ -563,7 +576,7 @@ TEST_CASE("cpu device: instruction sets and names") {
   for (Isa isa : {Isa::Avx2, Isa::Avx512})
     if (!isa_available(isa)) CHECK_THROWS_AS(make_cpu_device(1, isa), Error);
   CHECK(make_cpu_device(3, Isa::Scalar)->name() == "cpu (3 threads, scalar)");
-  CHECK(make_cpu_device(1)->name() == std::string("cpu (1 threads, ") + levels().back().kernels->name + ")");
+  CHECK(make_cpu_device(1)->name() == std::string("cpu (1 threads, ") + cpu::kernels_of(Isa::Auto)->name + ")");
   CHECK(cpu_read_bandwidth(1, kLeastRead) > 1e6);
   CHECK(cpu_read_bandwidth(1, kLeastRead - 1) == 0);  // caches might hold it
   const int probed = probe_threads();

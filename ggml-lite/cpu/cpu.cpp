@@ -148,12 +148,14 @@ CpuDevice::Scratch CpuDevice::lay_out(const OpLimits& m) const {
   // Matrix products: fp32 and prepared rows of every token. Experts: for each choice a row inside, fp32 and prepared, and one of the model's.
   s.rows_size = m.tokens * std::max(4 * round_up(width, 64) + largest_prepared_row(width),
                                     m.chosen * (4 * round_up(m.expert_width, 16) + largest_prepared_row(m.expert_width)) + largest_prepared_row(width)) + 256;
+  s.rows_size += kPacked * round_up(width, kPadK) * 9 / 8;  // a pack of few
   s.pointers_size = m.tokens * (2 + 4 * int64_t{m.chosen});
   s.local_floats = round_up(3 * width + m.heads * (2 * kPartExtra + kKeys) + (2 * kDeltaBlock + 16) * (m.key_dim + m.value_dim) + m.key_dim * m.value_dim + 64, 1024);
   const int64_t blocks = m.heads ? m.context / kKeys + 1 : 0;
   s.parts_floats = blocks ? std::max<int64_t>(blocks * (width + m.heads * kPartExtra), int64_t{1} << 21) : 0;
-  // panels as bytes, with a scale for 32 of them at least; and the tokens that meet them, where these lie apart
-  s.unpacked = kPanels * (round_up(width, kPadK) * kPanelRows * 9 / 8) + kBlock * (round_up(width, kPadK) * 5 / 4 + 64);
+  // panels as bytes, or packed tokens, both with a scale for 32 bytes at least
+  static_assert(kBlock > kPanels * kPanelRows);
+  s.unpacked = kBlock * (round_up(width, kPadK) * 9 / 8);
   s.lists_size = 2 * (int64_t{m.experts} + 1) + m.tokens * int64_t{m.chosen};
 
   s.bytes = 0;
@@ -187,11 +189,21 @@ const uint8_t** CpuDevice::take_pointers(int64_t n) {
   return pointers_ + std::exchange(pointers_used_, pointers_used_ + n);
 }
 
+uint8_t* CpuDevice::take_bytes(int64_t n) {
+  QN_CHECK(rows_used_ + n <= rows_size_, "cpu: %lld bytes of activations, reserve() had %lld", static_cast<long long>(rows_used_ + n),
+           static_cast<long long>(rows_size_));
+  return row_bytes_ + std::exchange(rows_used_, round_up(rows_used_ + n, 64));
+}
+
 Rows CpuDevice::take_rows(int64_t n, int64_t stride) {
-  QN_CHECK(rows_used_ + n * stride <= rows_size_, "cpu: %lld bytes of activations, reserve() had %lld",
-           static_cast<long long>(rows_used_ + n * stride), static_cast<long long>(rows_size_));
-  Rows r{row_bytes_ + std::exchange(rows_used_, round_up(rows_used_ + n * stride, 64)), stride, take_pointers(n)};
+  Rows r{take_bytes(n * stride), stride, take_pointers(n)};
   for (int64_t i = 0; i < n; i++) r.x[i] = r[i];
+  return r;
+}
+
+Rows CpuDevice::take_rows(const Matrix& m, int64_t n) {
+  Rows r = take_rows(n, m.product.bytes);
+  if (m.takes_packed(n)) r.packed = take_bytes((n + kPacked - 1) / kPacked * m.product.packed);
   return r;
 }
 
@@ -227,7 +239,7 @@ Matrix make_matrix(const Kernels& kernels, const Tensor& w, Act act) {
     p.tiles_at = t16_scale_bytes(p.k, p.group);
     m.panel_stride = t16_panel_bytes(p.dtype, p.k, p.group);
     if (p.form == Form::Bytes && kernels.many[static_cast<int>(p.dtype)].least) m.many = &kernels.many[static_cast<int>(p.dtype)];
-    p.unpacked = p.kp / p.group * 64 + p.kp * kPanelRows;
+    p.unpacked = p.packed = p.kp / p.group * 64 + p.kp * kPanelRows;
   } else {
     m.panel_stride = kPanelRows * w.row_stride * item_bytes(w.dtype);
   }

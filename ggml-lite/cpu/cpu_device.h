@@ -26,16 +26,26 @@ struct Matrix {
   int64_t rows = 0, panel_stride = 0;  // bytes from panel to panel
 
   int64_t panels() const { return t16_panels(rows); }
+  bool takes_packed(int64_t tokens) const { return many && many->pack && tokens >= many->least; }
 };
 Matrix make_matrix(const Kernels& kernels, const Tensor& w, Act act);  // an empty tensor gives 0 rows
 int64_t largest_prepared_row(int64_t k);                               // bytes, over all forms
 
-// Rows of prepared activations and pointers to them, which kernels take so that any subset can meet a matrix.
+// Rows of prepared activations and pointers to them, which kernels take so that any subset can meet a matrix. Where the matrix takes packed ones
+// (Many), these as well, kPacked of them behind each other.
 struct Rows {
   uint8_t* data = nullptr;
   int64_t stride = 0;
   const uint8_t** x = nullptr;
+  uint8_t* packed = nullptr;
   uint8_t* operator[](int64_t i) const { return data + i * stride; }
+};
+
+// What meets a matrix: rows x[0] .. x[n - 1] of activations, which may be packed already.
+struct Tokens {
+  const uint8_t* const* x;
+  int64_t n;
+  const uint8_t* packed = nullptr;
 };
 
 // Null where the machine lacks the level. Avx512 is three tables: plain, with the instructions for BF16, with AMX as well; the best
@@ -77,12 +87,24 @@ class CpuDevice final : public Device {
   // ---- scratch. take_... hand out pieces of the common scratch; reset_scratch() at the start of an operation takes all back.
   void reset_scratch() { rows_used_ = pointers_used_ = 0; }
   Rows take_rows(int64_t n, int64_t stride);                       // and n pointers x[i] to row i
+  Rows take_rows(const Matrix& m, int64_t n);                      // prepared for m, and room for packed ones if it takes them
+  uint8_t* take_bytes(int64_t n);
   const uint8_t** take_pointers(int64_t n);
   float* local(int thread) const { return locals_ + thread * local_floats_; }  // of one thread, local_floats_ of them
   void check_local(const char* op, int64_t floats) const;
   uint8_t* unpacked(int thread) const { return unpacked_ + thread * unpacked_size_; }
 
   // ---- inside a parallel region
+  // The tokens that a thread prepares: whole packs of them, and pack_rows() packs these.
+  Range own_tokens(const Rows& x, int64_t n, int thread) const {
+    const int64_t of = x.packed ? kPacked : 1;
+    const Range r = share((n + of - 1) / of, thread, threads_.size());
+    return {std::min(n, r.begin * of), std::min(n, r.end * of)};
+  }
+  static void pack_rows(const Matrix& m, const Rows& x, Range r) {
+    for (int64_t t = r.begin; x.packed && t < r.end; t += kPacked)
+      m.many->pack(m.product, x.x + t, static_cast<int>(std::min<int64_t>(kPacked, r.end - t)), x.packed + t / kPacked * m.product.packed);
+  }
   // body(Range) on contiguous ranges of n units, each unit once, over all threads: a thread's own ranges, one behind the other, then what is
   // left of others'. More ranges than threads even out threads of unequal speed; fewer keep the streams long.
   template <class Body>
@@ -140,7 +162,7 @@ class CpuDevice final : public Device {
   int64_t rows_used_ = 0, pointers_used_ = 0;
   float* locals_ = nullptr;
   int64_t local_floats_ = 0;
-  uint8_t* unpacked_ = nullptr;       // of each thread, kPanels panels and kBlock rows of tokens
+  uint8_t* unpacked_ = nullptr;       // of each thread: kPanels panels, or kBlock packed rows
   int64_t unpacked_size_ = 0;
   float* parts_ = nullptr;            // partial results of attention over blocks of keys
   int64_t parts_floats_ = 0;
@@ -152,30 +174,26 @@ inline Range clip(Range r, int64_t begin, int64_t end) {
   return {std::max(r.begin, begin) - begin, std::min(r.end, end) - begin};
 }
 
-inline bool even(const uint8_t* const* x, int64_t n) {
-  for (int64_t i = 2; i < n; i++)
-    if (x[i] - x[i - 1] != x[1] - x[0]) return false;
-  return true;
-}
-
-// Of multiply(): tokens x are `first` and those after it
+// Of multiply(): of all tokens, these are `first` and those after it
 template <class Emit>
-void multiply_rows(const Matrix& m, Range panels, const uint8_t* const* x, int64_t first, int64_t tokens, bool many, uint8_t* unpacked, Emit& emit,
-                   const uint8_t* then) {
+void multiply_tokens(const Matrix& m, Range panels, const Tokens& tokens, int64_t first, bool many, uint8_t* unpacked, Emit& emit, const uint8_t* then) {
   alignas(64) float tile[kPanels * kBlock * kPanelRows];
   const int step = many ? kPanels : 1;
+  const bool unpack = many && m.many->unpack;
   for (int64_t i = panels.begin; i < panels.end; i += step) {
     const int n = static_cast<int>(std::min<int64_t>(step, panels.end - i));
     const uint8_t* w = m.data + i * m.panel_stride;
-    for (int j = 0; many && j < n; j++) m.many->unpack(m.product, w + j * m.panel_stride, unpacked + j * m.product.unpacked);
+    for (int j = 0; unpack && j < n; j++) m.many->unpack(m.product, w + j * m.panel_stride, unpacked + j * m.product.unpacked);
     const int64_t left = std::min<int64_t>(kPanels, panels.end - i - n);
     const uint8_t* next = left > 0 ? w + n * m.panel_stride : then;
     int64_t next_bytes = next ? (left > 0 ? left : kPanels) * m.panel_stride : 0;
-    for (int64_t t = 0; t < tokens; t += kBlock, next_bytes = 0) {
-      const int count = static_cast<int>(std::min<int64_t>(kBlock, tokens - t));
+    for (int64_t t = 0; t < tokens.n; t += kBlock, next_bytes = 0) {
+      const int count = static_cast<int>(std::min<int64_t>(kBlock, tokens.n - t));
       auto rows = [&](int64_t panel) { return static_cast<int>(std::min<int64_t>(kPanelRows, m.rows - panel * kPanelRows)); };
-      if (many) m.many->multiply(m.product, unpacked, n, x + t, count, next, next_bytes, tile);
-      else m.multiply(m.product, w, rows(i), x + t, count, tile);
+      if (many)
+        m.many->multiply(m.product, unpack ? unpacked : w, unpack ? m.product.unpacked : m.panel_stride, n, tokens.x + t,
+                         tokens.packed ? tokens.packed + t / kPacked * m.product.packed : nullptr, count, next, next_bytes, tile);
+      else m.multiply(m.product, w, rows(i), tokens.x + t, count, tile);
       for (int j = 0; j < n; j++) emit((i + j) * kPanelRows, rows(i + j), first + t, count, tile + j * kBlock * kPanelRows);
     }
   }
@@ -184,25 +202,21 @@ void multiply_rows(const Matrix& m, Range panels, const uint8_t* const* x, int64
 // y = W x for the panels of a range; emit(first row, rows, first token, tokens, tile): tile[16 * t + r]. Many tokens need `unpacked`,
 // room for kPanels panels and kBlock rows x. `then`: weights of this form that will be read after these, if known.
 template <class Emit>
-void multiply(const Matrix& m, Range panels, const uint8_t* const* x, int64_t tokens, uint8_t* unpacked, Emit emit, const uint8_t* then = nullptr) {
-  const bool many = m.many && tokens >= m.many->least;
-  if (!many || !m.many->even || even(x, tokens)) return multiply_rows(m, panels, x, 0, tokens, many, unpacked, emit, then);
-  const uint8_t* rows[kBlock];
-  uint8_t* to = unpacked + kPanels * m.product.unpacked;
-  for (int64_t t = 0; t < tokens; t += kBlock) {
-    const int64_t n = std::min<int64_t>(kBlock, tokens - t);
-    for (int64_t i = 0; i < n; i++) {
-      rows[i] = to + i * m.product.bytes;
-      std::memcpy(to + i * m.product.bytes, x[t + i], static_cast<size_t>(m.product.bytes));
-    }
-    multiply_rows(m, panels, rows, t, n, true, unpacked, emit, then);
+void multiply(const Matrix& m, Range panels, const Tokens& tokens, uint8_t* unpacked, Emit emit, const uint8_t* then = nullptr) {
+  const bool many = m.many && tokens.n >= m.many->least;
+  if (!m.takes_packed(tokens.n) || tokens.packed) return multiply_tokens(m, panels, tokens, 0, many, unpacked, emit, then);
+  for (int64_t t = 0; t < tokens.n; t += kBlock) {
+    const Tokens some = {tokens.x + t, std::min<int64_t>(kBlock, tokens.n - t), unpacked};
+    for (int64_t i = 0; i < some.n; i += kPacked)
+      m.many->pack(m.product, some.x + i, static_cast<int>(std::min<int64_t>(kPacked, some.n - i)), unpacked + i / kPacked * m.product.packed);
+    multiply_tokens(m, panels, some, t, true, nullptr, emit, then);
   }
 }
 
 // silu(gate) * up of a (2F, D) matrix; unit i is columns 8i..8i+7 of the result. A panel of T16 holds 8 rows of both;
 // row-major has all gate rows before all up rows. emit(first column, token, 8 values)
 template <class Emit>
-void multiply_swiglu(const Kernels& kernels, const Matrix& m, Range units, const uint8_t* const* x, int64_t tokens, uint8_t* unpacked, Emit emit,
+void multiply_swiglu(const Kernels& kernels, const Matrix& m, Range units, const Tokens& tokens, uint8_t* unpacked, Emit emit,
                      const uint8_t* then = nullptr) {
   auto combine = [&](int64_t unit, int64_t t, int n, const float* tile) {
     alignas(64) float gate[kBlock * 8], up[kBlock * 8];  // whole vectors of several tokens
@@ -214,14 +228,14 @@ void multiply_swiglu(const Kernels& kernels, const Matrix& m, Range units, const
     for (int j = 0; j < n; j++) emit(unit * 8, t + j, gate + 8 * j);
   };
   if (is_t16(m.product.dtype))
-    return multiply(m, units, x, tokens, unpacked, [&](int64_t row, int, int64_t t, int n, const float* tile) { combine(row / kPanelRows, t, n, tile); }, then);
+    return multiply(m, units, tokens, unpacked, [&](int64_t row, int, int64_t t, int n, const float* tile) { combine(row / kPanelRows, t, n, tile); }, then);
   alignas(64) float tile[kBlock * kPanelRows];
   const int64_t half = m.panel_stride / 2;  // 8 rows
   for (int64_t i = units.begin; i < units.end; i++)
-    for (int64_t t = 0; t < tokens; t += kBlock) {
-      const int n = static_cast<int>(std::min<int64_t>(kBlock, tokens - t));
-      m.multiply(m.product, m.data + i * half, 8, x + t, n, tile);
-      m.multiply(m.product, m.data + (m.rows / 16 + i) * half, 8, x + t, n, tile + 8);
+    for (int64_t t = 0; t < tokens.n; t += kBlock) {
+      const int n = static_cast<int>(std::min<int64_t>(kBlock, tokens.n - t));
+      m.multiply(m.product, m.data + i * half, 8, tokens.x + t, n, tile);
+      m.multiply(m.product, m.data + (m.rows / 16 + i) * half, 8, tokens.x + t, n, tile + 8);
       combine(i, t, n, tile);
     }
 }

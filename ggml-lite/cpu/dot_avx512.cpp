@@ -94,8 +94,8 @@ void codes8(const uint8_t* p, F* out) { out[0] = bytes_less(_mm_unpacklo_epi64(p
 }  // namespace
 }  // namespace qn::cpu
 
+#include "ggml-lite/cpu/ahead.h"
 #include "ggml-lite/cpu/generic.h"
-#include "ggml-lite/cpu/many_avx512.h"
 
 namespace qn::cpu {
 namespace {
@@ -240,13 +240,66 @@ void product_panel_bytes(const Product& p, const uint8_t* panel, int, const uint
 
 // ---- the same for many tokens; see Many
 
+__m512i cell(const uint8_t* p, const uint8_t* q, const uint8_t* r, const uint8_t* s) {
+  auto load16 = [](const uint8_t* at) { return _mm_loadu_si128(reinterpret_cast<const __m128i*>(at)); };
+  // inserts from memory rather than a transposition of registers: they need no shuffle
+  __m512i v = _mm512_castsi128_si512(load16(p));
+  v = _mm512_inserti32x4(v, load16(q), 1);
+  v = _mm512_inserti32x4(v, load16(r), 2);
+  return _mm512_inserti32x4(v, load16(s), 3);
+}
+
+template <int Bits>
+void unpack_panel(const Product& p, const uint8_t* panel, uint8_t* out) {
+  const int64_t groups = p.kp / p.group, tiles = p.kp / (Bits == 4 ? 64 : 32);
+  const __m256i order = _mm256_set_epi16(15, 7, 11, 3, 14, 6, 10, 2, 13, 5, 9, 1, 12, 4, 8, 0);
+  for (int64_t g = 0; g < groups; g++, out += 64) {
+    const __m256i h = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(panel + 32 * g));
+    _mm512_storeu_ps(out, _mm512_cvtph_ps(_mm256_permutexvar_epi16(order, h)));
+  }
+  const uint8_t* tile = panel + p.tiles_at;
+  const __m512i low = _mm512_set1_epi8(15);
+  for (int64_t i = 0; i < tiles; i++, tile += kTileBytes)
+    QN_UNROLL
+    for (int t = 0; t < 4; t++) {
+      const uint8_t* at = tile + 16 * t;
+      // per 128 bits: row l k 0..3, 4..7, row l + 8 likewise
+      const __m512 a = _mm512_castsi512_ps(cell(at, at + 64, at + 128, at + 192));
+      const __m512 b = _mm512_castsi512_ps(cell(at + 256, at + 320, at + 384, at + 448));
+      const __m512i even = _mm512_castps_si512(_mm512_shuffle_ps(a, b, 0x88)), odd = _mm512_castps_si512(_mm512_shuffle_ps(a, b, 0xdd));
+      auto put = [&out](__m512i codes) {
+        _mm512_storeu_si512(out, codes);
+        out += 64;
+      };
+      if constexpr (Bits == 4) {
+        put(_mm512_and_si512(even, low));
+        put(_mm512_and_si512(odd, low));
+        put(_mm512_and_si512(_mm512_srli_epi16(even, 4), low));
+        put(_mm512_and_si512(_mm512_srli_epi16(odd, 4), low));
+      } else {
+        put(even);
+        put(odd);
+      }
+    }
+}
+
+// Rows from the order of the lanes to their own
+void order_rows(int panels, int tokens, float* y) {
+  const __m512i back = _mm512_set_epi32(15, 11, 7, 3, 13, 9, 5, 1, 14, 10, 6, 2, 12, 8, 4, 0);
+  for (int i = 0; i < panels; i++)
+    for (int t = 0; t < tokens; t++) {
+      float* at = y + 16 * (kBlock * i + t);
+      _mm512_storeu_ps(at, _mm512_permutexvar_ps(back, _mm512_loadu_ps(at)));
+    }
+}
+
 // vpdpbusd by name: from the intrinsic g++ 12 makes copies of the sum, and spills half of 24.
 void add_products(__m512i& sum, __m512i codes, __m512i x) { asm("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(codes), "v"(x)); }
 
 // Sums of a group in P x T registers; the totals of tokens live in y, which the first level of cache holds.
 template <int P, int T>
 void many_tokens(const Product& p, const uint8_t* w, const uint8_t* const* x, Ahead& ahead, float* y) {
-  const int64_t groups = p.kp / p.group;
+  const int64_t groups = p.kp / p.group, part = (ahead.end - ahead.at) / groups + 64;
   const uint8_t* codes = w + groups * 64;
   const uint8_t* xt[T];
   QN_UNROLL
@@ -259,7 +312,7 @@ void many_tokens(const Product& p, const uint8_t* w, const uint8_t* const* x, Ah
       QN_UNROLL
       for (int i = 0; i < P; i++) s[i][t] = less;
     }
-    ahead.ask();
+    ahead.ask(part);
     for (const int64_t end = k + p.group; k < end; k += 4, codes += 64) {
       __m512i a[P];
       QN_UNROLL
@@ -292,11 +345,11 @@ void many_block(const Product& p, const uint8_t* w, const uint8_t* const* x, int
   if constexpr (T > 1) many_block<P, T - 1>(p, w, x, tokens, ahead, y);
 }
 
-void multiply_many(const Product& p, const uint8_t* w, int panels, const uint8_t* const* x, int tokens, const uint8_t* next, int64_t next_bytes,
-                   float* y) {
+void multiply_many(const Product& p, const uint8_t* w, int64_t, int panels, const uint8_t* const* x, const uint8_t*, int tokens,
+                   const uint8_t* next, int64_t next_bytes, float* y) {
   constexpr int kAtOnce = 12;  // 24 sums in 32 registers
   const int blocks = (tokens + kAtOnce - 1) / kAtOnce;
-  Ahead ahead(p, next, next_bytes);
+  Ahead ahead{next, next + next_bytes};
   for (int b = 0; b < blocks; b++) {  // even blocks, for a last one of few tokens would cost as much as a whole one
     const int t = tokens * b / blocks, n = tokens * (b + 1) / blocks - t;
     if (panels == 2) many_block<2, kAtOnce>(p, w, x + t, n, ahead, y + 16 * t);
@@ -336,8 +389,8 @@ const Kernels* avx512_kernels() {
     ProductFn* f = k.product[static_cast<int>(Form::Bytes)];
     f[static_cast<int>(DType::INT8)] = product_panel_bytes<8>;
     f[static_cast<int>(DType::INT4)] = product_panel_bytes<4>;
-    k.many[static_cast<int>(DType::INT8)] = {8, unpack_panel<8, false>, multiply_many, false};
-    k.many[static_cast<int>(DType::INT4)] = {8, unpack_panel<4, false>, multiply_many, false};
+    k.many[static_cast<int>(DType::INT8)] = {8, unpack_panel<8>, nullptr, multiply_many};
+    k.many[static_cast<int>(DType::INT4)] = {8, unpack_panel<4>, nullptr, multiply_many};
     k.read = read, k.work = work;
     return k;
   }();

@@ -33,7 +33,7 @@ struct Product {
   int64_t row_stride = 0;  // row-major weights: values from row to row
   int64_t tiles_at = 0;    // T16: bytes of scales before the tiles of a panel
   int64_t scales_at = 0, sums_at = 0, bytes = 0;  // of a prepared row; bytes is a multiple of 64
-  int64_t unpacked = 0;                           // bytes of an unpacked panel; see Many
+  int64_t unpacked = 0, packed = 0;               // bytes of an unpacked panel, of kPacked packed rows; see Many
 };
 
 inline constexpr int kBlock = 64;      // tokens of one call of a product
@@ -43,21 +43,26 @@ inline constexpr int kKeys = 256;      // keys of one call of attend: the blocks
 // The sum of one (row, token) has one order, whatever rows and tokens are.
 using ProductFn = void (*)(const Product&, const uint8_t* w, int rows, const uint8_t* const* x, int tokens, float* y);
 
-// T16 panels that meet many tokens (AVX-512, AMX): unpacked once, so that neither nibbles nor the folding of lines is paid for every token.
+// T16 panels that meet many tokens. AVX-512 unpacks a panel once, so that neither nibbles nor the folding of lines is paid for every token:
 //
 //   unpacked panel:  [ fp32 scales: G x 16, in the order of the lanes ][ codes, one byte each: Kp/4 lines of 16 rows x 4 k ]
 //
-// A line is one register whose lane holds 4 k of one row, the operand of vpdpbusd beside 4 activations in every lane. 16 lines are one
-// tile of AMX, where codes are less their zero. Lane 4i + j holds row i + 8 (j % 2) + 4 (j / 2): the order that a T16 tile gives up with fewest moves.
+// A line is one register whose lane holds 4 k of one row, the operand of vpdpbusd beside 4 activations in every lane.
+// Lane 4i + j holds row i + 8 (j % 2) + 4 (j / 2): the order that a T16 tile gives up with fewest moves.
+//
+// AMX takes panels as they are, and rows of activations that were packed, kPacked at a time; where there are fewer, zeros:
+//
+//   packed rows:     [ fp32 scales: G x 16 rows ][ codes: Kp/4 lines of 16 rows x 4 k ]      16 lines are one tile
 struct Many {
   int least = 0;  // tokens from which on this is faster than `product`; 0: this level has none
-  void (*unpack)(const Product&, const uint8_t* panel, uint8_t* unpacked) = nullptr;
-  // y[16 * (kBlock * i + t) + r]: panel i < panels <= kPanels, `unpacked` and unpacked_bytes apart. The same bits as the product.
-  // Meanwhile `next`, the next_bytes of weights that will be unpacked after these, is asked for.
-  void (*multiply)(const Product&, const uint8_t* unpacked, int panels, const uint8_t* const* x, int tokens, const uint8_t* next,
-                   int64_t next_bytes, float* y) = nullptr;
-  bool even = false;  // wants rows x at even distances
+  void (*unpack)(const Product&, const uint8_t* panel, uint8_t* unpacked) = nullptr;  // null: `multiply` takes panels as they are
+  void (*pack)(const Product&, const uint8_t* const* x, int rows, uint8_t* packed) = nullptr;  // null: `multiply` takes rows as they are
+  // y[16 * (kBlock * i + t) + r]: panel i < panels <= kPanels at w + i * stride, as it is or unpacked, times row x[t], or row t of `packed`.
+  // y has room for kPanels of them. The same bits as the product. Meanwhile `next`, the next_bytes of weights that come after these, is asked for.
+  void (*multiply)(const Product&, const uint8_t* w, int64_t stride, int panels, const uint8_t* const* x, const uint8_t* packed, int tokens,
+                   const uint8_t* next, int64_t next_bytes, float* y) = nullptr;
 };
+inline constexpr int kPacked = 16;
 inline constexpr int kPanels = 2;
 
 // Softmax attention of the query heads that share one KV head over at most kKeys keys.

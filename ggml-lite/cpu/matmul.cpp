@@ -37,14 +37,15 @@ void CpuDevice::do_norm_matmul(const NormMatmulArgs& a) {
   const Rows x = a.normed ? Rows{reinterpret_cast<uint8_t*>(a.normed.f32()), width * 4, take_pointers(tokens)}
                           : take_rows(tokens, width * 4);
   for (int64_t t = 0; t < tokens; t++) x.x[t] = x[t];
-  const Rows xw = take_rows(a.w ? tokens : 0, w.product.bytes);
+  const Rows xw = take_rows(w, a.w ? tokens : 0);
   threads_.run([&](int thread) {
-    const Range mine = share(tokens, thread, threads_.size());
+    const Range mine = own_tokens(xw, tokens, thread);
     for (int64_t t = mine.begin; t < mine.end; t++) {
       float* row = reinterpret_cast<float*>(x[t]);
       norm(a.h.f32(t), a.norm, a.eps, width, row);
       if (a.w) kernels_.prepare(w.product, a.act, row, xw[t]);
     }
+    pack_rows(w, xw, mine);
     const int64_t units = w.panels() + exact.panels();
     if (mine.end == mine.begin) look_ahead(thread, units, 4, [&](int64_t i) {
       return i < w.panels() ? w.data + i * w.panel_stride : exact.data + (i - w.panels()) * exact.panel_stride;
@@ -56,8 +57,8 @@ void CpuDevice::do_norm_matmul(const NormMatmulArgs& a) {
       };
     };
     spread(thread, units, 4, [&](Range r) {
-      multiply(w, clip(r, 0, w.panels()), xw.x, tokens, unpacked(thread), store(a.y));
-      multiply(exact, clip(r, w.panels(), units), x.x, tokens, unpacked(thread), store(a.y_exact));
+      multiply(w, clip(r, 0, w.panels()), {xw.x, tokens, xw.packed}, unpacked(thread), store(a.y));
+      multiply(exact, clip(r, w.panels(), units), {x.x, tokens}, unpacked(thread), store(a.y_exact));
     });
   });
 }
@@ -69,17 +70,18 @@ void CpuDevice::add_product(const char* op, const Tensor& weights, Act act, cons
   const Matrix w = make_matrix(kernels_, weights, act);
   check_local(op, w.product.k);
   reset_scratch();
-  const Rows x = take_rows(tokens, w.product.bytes);
+  const Rows x = take_rows(w, tokens);
   threads_.run([&](int thread) {
-    const Range mine = share(tokens, thread, threads_.size());
+    const Range mine = own_tokens(x, tokens, thread);
     for (int64_t t = mine.begin; t < mine.end; t++) {
       fill(t, local(thread));
       kernels_.prepare(w.product, act, local(thread), x[t]);
     }
+    pack_rows(w, x, mine);
     if (mine.end == mine.begin) look_ahead(thread, w.panels(), 4, [&](int64_t i) { return w.data + i * w.panel_stride; });
     threads_.barrier(thread);
     spread(thread, w.panels(), 4, [&](Range r) {
-      multiply(w, r, x.x, tokens, unpacked(thread), [&](int64_t row, int rows, int64_t t0, int n, const float* tile) {
+      multiply(w, r, {x.x, tokens, x.packed}, unpacked(thread), [&](int64_t row, int rows, int64_t t0, int n, const float* tile) {
         for (int t = 0; t < n; t++)
           for (int i = 0; i < rows; i++) h.f32(t0 + t)[row + i] += tile[t * kPanelRows + i];
       });

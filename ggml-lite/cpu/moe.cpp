@@ -28,13 +28,14 @@ void CpuDevice::do_moe_router(const MoeRouterArgs& a) {
   reset_scratch();
   const uint8_t** x = take_pointers(tokens);
   for (int64_t t = 0; t < tokens; t++) x[t] = reinterpret_cast<const uint8_t*>(a.x.f32(t));
-  const Rows xs = take_rows(tokens, shared.product.bytes);
+  const Rows xs = take_rows(shared, tokens);
   threads_.run([&](int thread) {
-    const Range mine = share(tokens, thread, threads_.size());
+    const Range mine = own_tokens(xs, tokens, thread);
     for (int64_t t = mine.begin; t < mine.end; t++) {
       norm(a.h.f32(t), a.norm, a.eps, width, a.x.f32(t));
       kernels_.prepare(shared.product, a.shared_act, a.x.f32(t), xs[t]);
     }
+    pack_rows(shared, xs, mine);
     // units: router panels, then 8 columns of the shared expert each, then its gate
     const int64_t routers = router.panels(), columns = shared.rows / kPanelRows;
     if (mine.end == mine.begin) look_ahead(thread, routers + columns + 1, 4, [&](int64_t i) {
@@ -43,12 +44,12 @@ void CpuDevice::do_moe_router(const MoeRouterArgs& a) {
     });
     threads_.barrier(thread);
     spread(thread, routers + columns + 1, 4, [&](Range r) {
-      multiply(router, clip(r, 0, routers), x, tokens, unpacked(thread), [&](int64_t row, int rows, int64_t t0, int n, const float* tile) {
+      multiply(router, clip(r, 0, routers), {x, tokens}, unpacked(thread), [&](int64_t row, int rows, int64_t t0, int n, const float* tile) {
         for (int t = 0; t < n; t++) std::memcpy(a.logits.f32(t0 + t) + row, tile + t * kPanelRows, rows * 4);
       });
-      multiply_swiglu(kernels_, shared, clip(r, routers, routers + columns), xs.x, tokens, unpacked(thread),
+      multiply_swiglu(kernels_, shared, clip(r, routers, routers + columns), {xs.x, tokens, xs.packed}, unpacked(thread),
                       [&](int64_t column, int64_t t, const float* v) { std::memcpy(a.shared.f32(t) + column, v, 8 * 4); });
-      multiply(gate, clip(r, routers + columns, routers + columns + 1), x, tokens, unpacked(thread),
+      multiply(gate, clip(r, routers + columns, routers + columns + 1), {x, tokens}, unpacked(thread),
                [&](int64_t, int, int64_t t0, int n, const float* tile) {
                  for (int t = 0; t < n; t++) a.shared_scale.f32()[t0 + t] = sigmoid(tile[t * kPanelRows]);
                });
@@ -137,7 +138,7 @@ void CpuDevice::do_moe_gate_up(const MoeGateUpArgs& a) {
         const int32_t begin = r.first[e];
         Matrix m = first;
         m.data += r.id[e] * stride;
-        multiply_swiglu(kernels_, m, {at - e * columns, end - e * columns}, sorted + begin, r.first[e + 1] - begin, unpacked(thread),
+        multiply_swiglu(kernels_, m, {at - e * columns, end - e * columns}, {sorted + begin, r.first[e + 1] - begin}, unpacked(thread),
                         [&](int64_t column, int64_t i, const float* v) {
                           std::memcpy(a.inner.f32(r.pair[begin + i]) + column, v, 8 * 4);
                         },
@@ -157,9 +158,16 @@ void CpuDevice::do_moe_down(const MoeDownArgs& a) {
   for (int64_t i = 0; i < pairs; i++)
     QN_CHECK(a.ids.i32()[i] >= 0 && a.ids.i32()[i] < a.experts.count, "moe_down: expert %d of %d", a.ids.i32()[i], a.experts.count);
   reset_scratch();
-  const Rows x = take_rows(pairs, first.product.bytes), xs = take_rows(tokens, shared.product.bytes);
+  const Rows x = take_rows(pairs, first.product.bytes), xs = take_rows(shared, tokens);
   const uint8_t** sorted = take_pointers(pairs);
   Routed r;
+  auto tokens_of = [&](int e) { return r.first[e + 1] - r.first[e]; };
+  // Every thread meets all experts, so that rows are packed before it, those of each expert by themselves
+  const bool packs = first.takes_packed(pairs);
+  uint8_t* const packed = packs ? take_bytes(pairs / first.many->least * first.product.packed) : nullptr;
+  auto packed_bytes = [&](int e) {
+    return first.takes_packed(tokens_of(e)) ? (tokens_of(e) + kPacked - 1) / kPacked * first.product.packed : 0;
+  };
   threads_.run([&](int thread) {
     const Range mine = share(pairs + tokens, thread, threads_.size());
     for (int64_t i = mine.begin; i < mine.end; i++)
@@ -175,8 +183,15 @@ void CpuDevice::do_moe_down(const MoeDownArgs& a) {
       return first.data + *std::min_element(a.ids.i32(), a.ids.i32() + chosen) * stride + i * first.panel_stride;
     });
     threads_.barrier(thread);
-    auto add = [&](const Matrix& m, Range panels, const uint8_t* const* from, int64_t n, const uint8_t* then, auto token_and_weight) {
-      multiply(m, panels, from, n, unpacked(thread), [&](int64_t row, int rows, int64_t i0, int count, const float* tile) {
+    if (packs || xs.packed) {
+      uint8_t* to = packed;
+      for (int e = 0; packs && e < r.active; to += packed_bytes(e++))
+        if (packed_bytes(e) && e % threads_.size() == thread) pack_rows(first, {nullptr, 0, sorted + r.first[e], to}, {0, tokens_of(e)});
+      pack_rows(shared, xs, own_tokens(xs, tokens, thread));
+      threads_.barrier(thread);
+    }
+    auto add = [&](const Matrix& m, Range panels, const Tokens& from, const uint8_t* then, auto token_and_weight) {
+      multiply(m, panels, from, unpacked(thread), [&](int64_t row, int rows, int64_t i0, int count, const float* tile) {
         for (int i = 0; i < count; i++) {
           const auto [t, weight] = token_and_weight(i0 + i);
           float* h = a.h.f32(t) + row;
@@ -185,6 +200,7 @@ void CpuDevice::do_moe_down(const MoeDownArgs& a) {
       }, then);
     };
     spread(thread, shared.panels(), per_thread, [&](Range panels) {
+      const uint8_t* pack = packed;
       for (int e = 0; e < r.active; e++) {
         const int32_t begin = r.first[e];
         Matrix m = first;
@@ -192,12 +208,13 @@ void CpuDevice::do_moe_down(const MoeDownArgs& a) {
         // a range of one expert is a few kB: ask for the beginning of the next one, which the hardware cannot foresee
         const uint8_t* then = e + 1 < r.active ? first.data + r.id[e + 1] * stride + panels.begin * m.panel_stride : nullptr;
         for (int64_t i = 0; then && i < 2048; i += 64) __builtin_prefetch(then + i);
-        add(m, panels, sorted + begin, r.first[e + 1] - begin, then, [&](int64_t i) {
+        add(m, panels, {sorted + begin, tokens_of(e), packed_bytes(e) ? pack : nullptr}, then, [&](int64_t i) {
           const int32_t pair = r.pair[begin + i];
           return std::pair(pair / chosen, a.weights.f32()[pair]);
         });
+        pack += packed_bytes(e);
       }
-      add(shared, panels, xs.x, tokens, nullptr, [&](int64_t t) { return std::pair(t, a.shared_scale.f32()[t]); });
+      add(shared, panels, {xs.x, tokens, xs.packed}, nullptr, [&](int64_t t) { return std::pair(t, a.shared_scale.f32()[t]); });
     });
   });
 }
@@ -272,7 +289,7 @@ void CpuDevice::do_expert_pairs(const ExpertPairsArgs& a) {
       const int32_t begin = r.first[e];
       Matrix m = up;
       m.data += r.id[e] * stride;
-      multiply_swiglu(kernels_, m, columns_of, (alone ? own_pair : sorted) + begin, r.first[e + 1] - begin, unpacked(thread),
+      multiply_swiglu(kernels_, m, columns_of, {(alone ? own_pair : sorted) + begin, r.first[e + 1] - begin}, unpacked(thread),
                       [&](int64_t column, int64_t j, const float* v) { std::memcpy(reinterpret_cast<float*>(inner[begin + j]) + column, v, 8 * 4); });
     });
     auto panel_of = [&](int e, int64_t panel) { return down.data + r.id[e] * stride + panel * down.panel_stride; };
@@ -302,7 +319,7 @@ void CpuDevice::do_expert_pairs(const ExpertPairsArgs& a) {
         Matrix m = down;
         m.data += r.id[e] * stride;
         ask_for(e + 1, panels.begin);
-        multiply(m, panels, (alone ? own_pair : sorted_inner) + begin, r.first[e + 1] - begin, unpacked(thread), [&](int64_t row, int rows, int64_t i0, int count, const float* tile) {
+        multiply(m, panels, {(alone ? own_pair : sorted_inner) + begin, r.first[e + 1] - begin}, unpacked(thread), [&](int64_t row, int rows, int64_t i0, int count, const float* tile) {
           for (int i = 0; i < count; i++) {
             const int32_t pair = r.pair[begin + i0 + i];
             float* y = a.y.f32(a.token.i32()[pair]) + row;
