@@ -282,8 +282,7 @@ class Binder {
     if (attention) {
       l.attn.norm = vec(p + "norm1", d);
       l.attn.qgkv = weight(p + "attn.qgkv", m_.dims().qgkv_rows(), d, kRest);
-      l.attn.q_norm = vec(p + "attn.q_norm", i_.head_dim);
-      l.attn.k_norm = vec(p + "attn.k_norm", i_.head_dim);
+      l.attn.q_norm = vec(p + "attn.q_norm", i_.head_dim), l.attn.k_norm = vec(p + "attn.k_norm", i_.head_dim);
       l.attn.out = weight(p + "attn.out", d, i_.heads * i_.head_dim, kRest);
       l.attn.heads = i_.heads, l.attn.kv_heads = i_.kv_heads;
     } else {
@@ -291,21 +290,18 @@ class Binder {
       l.delta.qkvz = weight(p + "delta.qkvz", m_.dims().qkvz_rows(), d, kRest);
       l.delta.ba = weight(p + "delta.ba", 2 * i_.value_heads, d, kExact);
       l.delta.conv = weight(p + "delta.conv", m_.dims().channels(), i_.conv, kExact);
-      l.delta.neg_a = vec(p + "delta.neg_a", i_.value_heads);
-      l.delta.dt_bias = vec(p + "delta.dt_bias", i_.value_heads);
+      l.delta.neg_a = vec(p + "delta.neg_a", i_.value_heads), l.delta.dt_bias = vec(p + "delta.dt_bias", i_.value_heads);
       l.delta.out_norm = vec(p + "delta.norm", i_.value_dim);
       l.delta.out = weight(p + "delta.out", d, i_.value_heads * i_.value_dim, kRest);
       l.delta.key_heads = i_.key_heads, l.delta.value_heads = i_.value_heads;
     }
     l.moe.norm = vec(p + "norm2", d);
-    l.moe.router = weight(p + "moe.router", i_.experts, d, kExact);
-    l.moe.shared_gate = weight(p + "moe.shared_gate", 1, d, kExact);
+    l.moe.router = weight(p + "moe.router", i_.experts, d, kExact), l.moe.shared_gate = weight(p + "moe.shared_gate", 1, d, kExact);
     l.moe.shared_gate_up = weight(p + "moe.shared_gate_up", 2 * i_.shared_width, d, kRest);
     l.moe.shared_down = weight(p + "moe.shared_down", d, i_.shared_width, kRest);
     l.moe.experts = f_.experts(p + "moe.experts", i_.experts, d, i_.expert_width);
-    const int64_t one = l.moe.experts.layout().bytes;
     if (!slots_) l.moe.experts.data = static_cast<const uint8_t*>(place(p + "moe.experts", l.moe.experts.data));
-    per_token_ += static_cast<uint64_t>(i_.chosen) * static_cast<uint64_t>(one);
+    per_token_ += static_cast<uint64_t>(i_.chosen) * static_cast<uint64_t>(l.moe.experts.layout().bytes);
     l.moe.chosen = i_.chosen, l.moe.renormalise = m_.renormalise;
     return l;
   }
@@ -356,6 +352,8 @@ static Act parse_act(const Options& o, bool gpu) {
 
 constexpr int kRecorded = 8;                          // steps of up to this many tokens are recorded, one recording for each number
 constexpr int kStagingPays = 96;                      // tokens for which it is worth bringing every expert to a GPU, where they do not all fit
+constexpr int kFirstPass = 512;                       // tokens, on a CPU; twice as many as long as a pass takes less than this many seconds, since
+constexpr double kShortPass = 2;                      // nobody is heard meanwhile. A GPU takes so little time that all passes are of --ubatch
 constexpr int kLogitRows = 16;                        // rows of logits computed at once when all are wanted
 
 // Of the layers [begin, end); behind the last layer comes the multi-token-prediction layer
@@ -366,8 +364,7 @@ static qn::StateShape state_shape(const Model& m, int begin, int end, int ctx, D
   if (mtp && last) s.attention.push_back(true);
   s.key_heads = m.info.key_heads, s.value_heads = m.info.value_heads, s.key_dim = m.info.key_dim, s.value_dim = m.info.value_dim;
   s.kv_heads = m.info.kv_heads, s.head_dim = m.info.head_dim, s.context = ctx, s.kv_type = kv_type;
-  s.lagging = mtp && last;
-  s.logs = draft != 0, s.conv_slots = draft ? 16 : 4;  // three that are read, and those of a pass
+  s.lagging = mtp && last, s.logs = draft != 0, s.conv_slots = draft ? 16 : 4;  // three that are read, and those of a pass
   s.tail = last ? m.info.width + m.info.vocab : 0;  // final norm of the last position, its logits
   return s;
 }
@@ -572,6 +569,7 @@ double Engine::read_bandwidth() const {
   for (const DevicePlan& p : impl_->plan.devices) weights.push_back(p.weights), spare.push_back(p.budget - p.kv - p.state - p.scratch);
   return qn::read_bandwidth(impl_->devices(), weights, spare);
 }
+double Engine::peak() const { return impl_->parts[0].device->peak(); }
 MemoryUse Engine::memory_use() const {
   const auto [used, total] = qn::memory_in_use(impl_->devices(), impl_->names);
   return {used, total};
@@ -718,6 +716,7 @@ struct Session::Impl {
   Engine::Impl& e;
   const Model& m;
   const int ubatch;
+  int pass_tokens;                 // of a prompt, at most ubatch
   std::deque<Stage> stages;        // one per device
   qn::Pipeline pipeline;           // all of them
   Stage& last;
@@ -728,8 +727,8 @@ struct Session::Impl {
   Timings timings;
 
   explicit Impl(Engine::Impl& engine)
-      : e(engine), m(engine.model), ubatch(std::min(engine.plan.ubatch, engine.plan.ctx)), last(make_stages()),
-        logits(static_cast<size_t>(m.info.vocab)) {
+      : e(engine), m(engine.model), ubatch(std::min(engine.plan.ubatch, engine.plan.ctx)),
+        pass_tokens(e.options.ubatch || e.parts[0].device->memory() ? ubatch : std::min(ubatch, kFirstPass)), last(make_stages()), logits(static_cast<size_t>(m.info.vocab)) {
     if (e.host) pipeline.before_pass = [this] { e.host->check(), e.host->expect(); };
     qn::DecoderModel d;
     last.give_to(d);
@@ -746,8 +745,7 @@ struct Session::Impl {
     pipeline.prepare(at, std::span(tokens).subspan(static_cast<size_t>(from), static_cast<size_t>(n)), e.mtp);
   }
 
-  // The tokens [from, from+n) of the timeline through the model, n <= ubatch. Leaves the logits of the last one in last_logits(),
-  // and calls `each` with those of every one when given.
+  // Tokens [from, from+n) of the timeline through the model, n <= ubatch: leaves the logits of the last, calls `each` with those of every one.
   void forward(int from, int n, const std::function<void(int, std::span<const float>)>* each) {
     prepare(from, n);
     const bool all_rows = e.hook || each || e.mtp;  // final norms of every row are wanted
@@ -872,11 +870,13 @@ struct Session::Impl {
         break;
       }
       const int from = position(), left = static_cast<int>(all.size()) - from;
-      int end = from + std::min(left, left <= kStagingPays && e.host ? qn::kPlacedTokens : ubatch);
+      int end = from + std::min(left, left <= kStagingPays && e.host ? qn::kPlacedTokens : pass_tokens);
       for (int mark : marks)
         if (mark > from) end = std::min(end, mark);
       tokens.insert(tokens.end(), all.begin() + from, all.begin() + end);
+      const double began = now();
       forward(from, end - from, each);
+      if (end - from == pass_tokens && now() - began < kShortPass) pass_tokens = std::min(2 * pass_tokens, ubatch);
       if (std::ranges::find(marks, end) != marks.end() && !each) pipeline.checkpoint(end);
       reached.push_back(r.prefilled += end - from);
       pipeline.keep_up();  // progress and time are those of work done

@@ -96,7 +96,7 @@ TEST_CASE("plan: in the memory of the process half of what is free is left to th
   PlanRequest r = request(8);
   r.own_memory = false;
   const MemoryPlan p = plan_memory(r);
-  CHECK(p.ubatch == 512);
+  CHECK(p.ubatch == 2048);
   CHECK(p.kv <= 4 * kGiB);
   CHECK(p.ctx > 100000);
   r.budget = kGiB / 2;

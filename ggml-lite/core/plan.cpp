@@ -44,8 +44,8 @@ MemoryPlan plan_memory(const PlanRequest& r) {
   MemoryPlan p;
   p.weights = p.placed = r.weights, p.state = r.state;
   const uint64_t own = own_bytes(r);
-  // A long pass reads every expert once for many tokens: a GPU wants it as long as there is room for a decent context.
-  p.ubatch = r.ubatch ? r.ubatch : !r.own_memory ? 512 : r.one_of_several ? 4096 : 8192;
+  // A long pass reads every expert once for many tokens: as long as there is room for a decent context.
+  p.ubatch = r.ubatch ? r.ubatch : !r.own_memory ? 2048 : r.one_of_several ? 4096 : 8192;
   while (!r.ubatch && p.ubatch > 512 && most_positions(r, own, p.ubatch) < (r.ctx ? r.ctx : std::min(r.model_context, 32768))) p.ubatch /= 2;
   p.ctx = r.ctx ? r.ctx : most_positions(r, own, p.ubatch);
   p.kv = r.per_position * static_cast<uint64_t>(p.ctx);

@@ -53,16 +53,16 @@ double cpu_read_bandwidth(int threads, uint64_t most) {
   return bytes < kLeastRead ? 0 : read_bandwidth(Arena(bytes), threads, false);
 }
 
-double cpu_peak(int threads, Isa isa) {
-  const cpu::Kernels* kernels = cpu::kernels_of(isa);
-  if (!kernels->work) return 0;
+double cpu_peak(int threads, Isa isa) { return cpu::cpu_peak(threads, *cpu::kernels_of(isa)); }
+double cpu::cpu_peak(int threads, const Kernels& kernels) {
+  if (!kernels.work) return 0;
   Threads pool(threads);
   std::vector<double> done(pool.size() * 8);
   int64_t rounds = 1000;
   double best = 0;
   for (int run = 0; run < 4;) {
     const auto start = std::chrono::steady_clock::now();
-    pool.run([&](int t) { done[t * 8] = kernels->work(rounds); });
+    pool.run([&](int t) { done[t * 8] = kernels.work(rounds); });
     const std::chrono::duration<double> time = std::chrono::steady_clock::now() - start;
     if (time.count() < 5e-3) rounds *= 2;
     else best = std::max(best, done[0] * pool.size() / time.count()), run++;

@@ -52,6 +52,7 @@ struct Tokens {
 // one there is, unless `most` asks for a plainer one.
 enum class Extra { None, Bf16, Amx };
 const Kernels* kernels_of(Isa isa, Extra most = Extra::Amx);
+double cpu_peak(int threads, const Kernels& kernels);  // as in cpu.h
 
 class CpuDevice final : public Device {
  public:
@@ -67,6 +68,7 @@ class CpuDevice final : public Device {
   void reserve(const OpLimits& limits) override;
   size_t read_ahead(const Experts& experts, std::span<const int32_t> ids, const std::function<bool()>& stop) override;
   double read_bandwidth(uint64_t most) override { return cpu_read_bandwidth(threads_.size(), most); }
+  double peak() override { return cpu_peak(threads_.size(), kernels_); }
 
  private:
   void* do_alloc(size_t bytes, const char* what) override;

@@ -211,6 +211,7 @@ struct Run {
   Plan plan;
   int threads = 0, attention_layers = 0;
   double open_seconds = 0, measured = 0, roof = 0;  // bytes/s: a plain read here and now; the larger of that and --bandwidth
+  double peak = 0;                                  // of int8 products, in registers alone
   qn::LoadReport load;
   MemoryUse memory{};
   OffloadUse offload{};
@@ -656,6 +657,13 @@ void notes(const Run& run) {
   line("load", load + qn::format("; ready after %.2f s", run.open_seconds));
   line("bandwidth", (run.measured > 0 ? qn::format("%.1f GB/s measured by a plain read", run.measured / 1e9) : "not measured: not on this device, or no memory to spare for it") +
                         (run.roof > 0 ? qn::format("; %% roof is of %.1f GB/s", run.roof / 1e9) : ""));
+  if (run.peak > 0) {
+    std::string prompts;
+    for (const Result& r : run.results)
+      if (const double speed = r.flops / statistic(r.seconds).mean; r.kind == Result::Test && r.gen == 0 && run.plan.act == "int8")
+        prompts += qn::format("; %s %.2f, %.1f %%", r.name.c_str(), speed / 1e12, 100 * speed / run.peak);
+    line("peak", qn::format("%.2f TFLOP/s of int8 products in registers%s", run.peak / 1e12, prompts.c_str()));
+  }
   line("memory", qn::format("planned %s: weights %s, cache %s, state %s, scratch %s", gib(run.planned()).c_str(), gib(p.weights).c_str(),
                             gib(p.kv).c_str(), gib(p.state).c_str(), gib(p.scratch).c_str()));
   const double used = static_cast<double>(run.memory.device_used), planned = static_cast<double>(run.planned());
@@ -820,6 +828,7 @@ void run_model(const std::string& path, const Args& a, std::vector<Run>& runs, O
   if (qn::peak_rss() > before + (64 << 20)) run.measured_in = qn::peak_rss();
   else if (runs.size() > 1) run.measured_in = runs[runs.size() - 2].measured_in;
   run.roof = std::max(run.measured, a.bandwidth);
+  run.peak = engine.peak();
   const int most_rows = std::min(run.plan.ubatch, run.plan.ctx);
   for (const auto* list : {&a.verify, &a.ops})
     for (int rows : *list)
