@@ -352,8 +352,8 @@ static Act parse_act(const Options& o, bool gpu) {
 
 constexpr int kRecorded = 8;                          // steps of up to this many tokens are recorded, one recording for each number
 constexpr int kStagingPays = 96;                      // tokens for which it is worth bringing every expert to a GPU, where they do not all fit
-constexpr int kFirstPass = 512;                       // tokens, on a CPU; twice as many as long as a pass takes less than this many seconds, since
-constexpr double kShortPass = 2;                      // nobody is heard meanwhile. A GPU takes so little time that all passes are of --ubatch
+constexpr int kFirstPass = 512;                       // tokens of a prompt's first pass on a CPU. Long passes are faster, but Ctrl-C is heard
+constexpr double kShortPass = 2;                      // between passes: twice as many after less than so many seconds, half after more than twice
 constexpr int kLogitRows = 16;                        // rows of logits computed at once when all are wanted
 
 // Of the layers [begin, end); behind the last layer comes the multi-token-prediction layer
@@ -569,7 +569,7 @@ double Engine::read_bandwidth() const {
   for (const DevicePlan& p : impl_->plan.devices) weights.push_back(p.weights), spare.push_back(p.budget - p.kv - p.state - p.scratch);
   return qn::read_bandwidth(impl_->devices(), weights, spare);
 }
-double Engine::peak() const { return impl_->parts[0].device->peak(); }
+double Engine::int8_peak() const { return impl_->parts[0].device->int8_peak(); }
 MemoryUse Engine::memory_use() const {
   const auto [used, total] = qn::memory_in_use(impl_->devices(), impl_->names);
   return {used, total};
@@ -715,8 +715,7 @@ struct Session::Stage : qn::PipelineStage {
 struct Session::Impl {
   Engine::Impl& e;
   const Model& m;
-  const int ubatch;
-  int pass_tokens;                 // of a prompt, at most ubatch
+  const int ubatch, first_pass;    // tokens of a pass: at most; of a prompt: at least
   std::deque<Stage> stages;        // one per device
   qn::Pipeline pipeline;           // all of them
   Stage& last;
@@ -727,8 +726,8 @@ struct Session::Impl {
   Timings timings;
 
   explicit Impl(Engine::Impl& engine)
-      : e(engine), m(engine.model), ubatch(std::min(engine.plan.ubatch, engine.plan.ctx)),
-        pass_tokens(e.options.ubatch || e.parts[0].device->memory() ? ubatch : std::min(ubatch, kFirstPass)), last(make_stages()), logits(static_cast<size_t>(m.info.vocab)) {
+      : e(engine), m(engine.model), ubatch(std::min(e.plan.ubatch, e.plan.ctx)), first_pass(e.options.ubatch || e.parts[0].device->memory() ? ubatch : std::min(ubatch, kFirstPass)),
+        last(make_stages()), logits(static_cast<size_t>(m.info.vocab)) {
     if (e.host) pipeline.before_pass = [this] { e.host->check(), e.host->expect(); };
     qn::DecoderModel d;
     last.give_to(d);
@@ -745,7 +744,7 @@ struct Session::Impl {
     pipeline.prepare(at, std::span(tokens).subspan(static_cast<size_t>(from), static_cast<size_t>(n)), e.mtp);
   }
 
-  // Tokens [from, from+n) of the timeline through the model, n <= ubatch: leaves the logits of the last, calls `each` with those of every one.
+  // Tokens [from, from+n) of the timeline through the model, n <= ubatch: leaves the last's logits in last_logits(), calls `each` with all.
   void forward(int from, int n, const std::function<void(int, std::span<const float>)>* each) {
     prepare(from, n);
     const bool all_rows = e.hook || each || e.mtp;  // final norms of every row are wanted
@@ -864,11 +863,10 @@ struct Session::Impl {
     const int total = static_cast<int>(all.size()) - position();
     const size_t behind = pipeline.ahead();  // passes that are under way when the next begins
     std::vector<int> reached;                // tokens after each
+    int pass_tokens = first_pass;
     while (position() < static_cast<int>(all.size())) {
-      if (interrupt && *interrupt) {
-        r.interrupted = true;
-        break;
-      }
+      if (interrupt && *interrupt) r.interrupted = true;
+      if (r.interrupted) break;
       const int from = position(), left = static_cast<int>(all.size()) - from;
       int end = from + std::min(left, left <= kStagingPays && e.host ? qn::kPlacedTokens : pass_tokens);
       for (int mark : marks)
@@ -876,7 +874,9 @@ struct Session::Impl {
       tokens.insert(tokens.end(), all.begin() + from, all.begin() + end);
       const double began = now();
       forward(from, end - from, each);
-      if (end - from == pass_tokens && now() - began < kShortPass) pass_tokens = std::min(2 * pass_tokens, ubatch);
+      const double took = now() - began;
+      if (const double length = took < kShortPass ? 2 : took > 2 * kShortPass ? 0.5 : 1; end - from == pass_tokens)
+        pass_tokens = std::clamp(static_cast<int>(length * pass_tokens), first_pass, ubatch);
       if (std::ranges::find(marks, end) != marks.end() && !each) pipeline.checkpoint(end);
       reached.push_back(r.prefilled += end - from);
       pipeline.keep_up();  // progress and time are those of work done

@@ -155,7 +155,7 @@ class Engine {
   std::string device_name() const;
   const qn::LoadReport& load_report() const;  // how the weights got to the device, or into memory; zero where they are used as the file is mapped
   double read_bandwidth() const;              // bytes/s of a plain read of the memory that weights are in, measured now in what the plan leaves free
-  double peak() const;                        // int8 multiplications and additions/s of the first device, measured now in registers alone; 0: not measured
+  double int8_peak() const;                   // int8 multiplications and additions/s of the first device, measured now in registers alone; 0: not measured
   MemoryUse memory_use() const;
   OffloadUse offload_use() const;
 

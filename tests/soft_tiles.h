@@ -1,4 +1,4 @@
-// What ggml-lite/cpu/tiles.h has, without AMX: rows and bytes of the shapes, for a tile that disagrees with them multiplies as the machine would not.
+// What ggml-lite/cpu/tiles.h has, without AMX. Rows and bytes count as the shapes say, and operands that do not fit each other end the program.
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>

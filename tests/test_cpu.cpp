@@ -181,6 +181,40 @@ TEST_CASE("cpu kernels: products of every format, rounding and instruction set")
       }
 }
 
+TEST_CASE("cpu kernels: of many tokens, what is not finite stays with its token; tiny ones have the bits of one") {
+  for (Format f : {Format{DType::INT8, 32}, Format{DType::INT8, 128}, Format{DType::INT4, 64}, Format{DType::INT4, 128}}) {
+    const int64_t k = 256, rows = 32, tokens = 21;
+    const std::vector<uint8_t> bytes = random_weights(f, rows, k);
+    const Tensor w = weight(bytes.data(), f.type, rows, k, f.group);
+    Floats x = activations(tokens, k);
+    x[7 * k + 3] = std::numeric_limits<float>::quiet_NaN(), x[9 * k + 200] = std::numeric_limits<float>::infinity();
+    for (int64_t i = 0; i < k; i++) x[static_cast<size_t>(11 * k + i)] *= 1e-33f, x[static_cast<size_t>(12 * k + i)] *= 1e30f;
+    for (const Level& level : levels()) {
+      const cpu::Matrix m = cpu::make_matrix(*level.kernels, w, Act::INT8);
+      Arena prepared(static_cast<size_t>(tokens * m.product.bytes));
+      Arena unpacked(static_cast<size_t>(cpu::kPanels * m.product.unpacked + cpu::kBlock / cpu::kPacked * m.product.packed + 64));
+      std::vector<const uint8_t*> xs;
+      for (int64_t t = 0; t < tokens; t++) {
+        xs.push_back(prepared.data() + t * m.product.bytes);
+        level.kernels->prepare(m.product, Act::INT8, &x[static_cast<size_t>(t * k)], prepared.data() + t * m.product.bytes);
+      }
+      Floats many(static_cast<size_t>(tokens * rows)), one(many);
+      auto put = [&](Floats& y, int64_t t) {
+        return [&y, t](int64_t r0, int n, int64_t t0, int count, const float* tile) {
+          for (int i = 0; i < count; i++) std::copy_n(tile + 16 * i, n, y.begin() + (t + t0 + i) * rows + r0);
+        };
+      };
+      cpu::multiply(m, {0, 2}, {xs.data(), tokens}, unpacked.data(), put(many, 0));
+      for (int64_t t = 0; t < tokens; t++) cpu::multiply(m, {0, 2}, {&xs[static_cast<size_t>(t)], 1}, unpacked.data(), put(one, t));
+      for (int64_t i = 0; i < tokens * rows; i++) {
+        const float a = many[static_cast<size_t>(i)], b = one[static_cast<size_t>(i)];
+        CHECK(std::isnan(a) == (i / rows == 7 || i / rows == 9));
+        CHECK(((std::isnan(a) && std::isnan(b)) || float_to_bits(a) == float_to_bits(b)));
+      }
+    }
+  }
+}
+
 TEST_CASE("cpu kernels: row-major rows may lie apart and nothing beyond the rows asked for is written") {
   for (const Level& level : levels())
     for (DType type : {DType::F32, DType::BF16})
@@ -192,7 +226,7 @@ TEST_CASE("cpu kernels: row-major rows may lie apart and nothing beyond the rows
         const Floats x = normals(k);
         Floats tile(16, 7777.f), row(apart);
         const uint8_t* xs = reinterpret_cast<const uint8_t*>(x.data());
-        m.multiply(m.product, m.data, rows, &xs, 1, tile.data());
+        m.multiply(m.product, m.data, nullptr, rows, &xs, 1, tile.data());
         for (int r = 0; r < 16; r++) {
           if (r >= rows) {
             CHECK(tile[static_cast<size_t>(r)] == 7777.f);
@@ -231,7 +265,7 @@ TEST_CASE("cpu kernels: prepared activations are those of the definition") {
           level.kernels->prepare(m.product, Act::INT8, y.data(), prepared.data());
           const uint8_t* xs = prepared.data();
           Floats tile(16);
-          m.multiply(m.product, m.data, 16, &xs, 1, tile.data());
+          m.multiply(m.product, m.data, nullptr, 16, &xs, 1, tile.data());
           for (float v : tile) CHECK_FALSE(finite_bits(v));
         }
     }
@@ -286,9 +320,11 @@ OpLimits limits() {
   l.heads = 16, l.context = 1100, l.value_heads = 4, l.key_heads = 2, l.key_dim = 64, l.value_dim = 96;
   return l;
 }
-std::unique_ptr<Device> device(const Level& level, int threads) {
+std::unique_ptr<Device> device(const Level& level, int threads, int tokens = 64) {
   auto d = std::make_unique<cpu::CpuDevice>(threads, *level.kernels);
-  d->reserve(limits());
+  OpLimits l = limits();
+  l.tokens = tokens;
+  d->reserve(l);
   return d;
 }
 Tensor of(Floats& v, int64_t d0, int64_t d1 = 0, int64_t d2 = 0) { return view(v.data(), DType::F32, d0, d1, d2); }
@@ -296,7 +332,7 @@ Tensor of(Floats& v, int64_t d0, int64_t d1 = 0, int64_t d2 = 0) { return view(v
 // One layer's worth of matrices and inputs for `tokens` tokens; all() runs the operations that treat tokens alike and returns what
 // they wrote, token by token.
 struct Layer {
-  static constexpr int64_t kTokens = 41, kWidth = 128, kExperts = 24, kChosen = 4, kInner = 64, kShared = 64;
+  static constexpr int64_t kTokens = 81, kWidth = 128, kExperts = 24, kChosen = 4, kInner = 64, kShared = 64;
   Format f;
   Act act;
   std::vector<uint8_t> w, router, gate, up, down, experts;
@@ -314,6 +350,7 @@ struct Layer {
       std::copy_n(d.begin(), l.bytes - l.down_offset, experts.begin() + e * l.stride + l.down_offset);
     }
     h = activations(kTokens, kWidth), z = normals(kTokens * kWidth), norm = normals(kWidth), logits = normals(kTokens * kExperts, 2);
+    for (int64_t t = 0; t < kTokens; t++) logits[static_cast<size_t>(t * kExperts + 5)] = 9;  // one expert of all tokens, more than a block of them
   }
 
   std::vector<Floats> all(Device& d, int64_t begin, int64_t tokens) {
@@ -361,15 +398,15 @@ TEST_CASE("cpu device: bits of a row depend neither on the other rows nor on the
     for (Format f : {Format{DType::F32, 0}, Format{DType::BF16, 0}, Format{DType::INT8, 32}, Format{DType::INT8, 128}, Format{DType::INT4, 32}, Format{DType::INT4, 128}})
       for (Act act : kActs) {
         Layer layer(f, act);
-        const auto one = device(level, 1);
+        const auto one = device(level, 1, Layer::kTokens);
         const std::vector<Floats> want = layer.all(*one, 0, Layer::kTokens);
         for (const Floats& row : want)
           for (float v : row) REQUIRE(finite_bits(v));
-        for (int threads = 1; threads <= 4; threads++) {
-          const auto d = device(level, threads);
-          for (int64_t tokens = 1; tokens <= Layer::kTokens; tokens++) {
-            if (threads > 1 && tokens != (threads == 2 ? 1 : threads == 3 ? Layer::kTokens : 4)) continue;
-            if (tokens > 9 && tokens < Layer::kTokens && tokens != 16 && tokens != 23) continue;
+        const std::pair<int, std::vector<int64_t>> calls[] = {
+            {1, {1, 2, 3, 4, 5, 6, 7, 8, 9, 16, 23, 41, Layer::kTokens}}, {2, {1, 7}}, {3, {Layer::kTokens}}, {4, {4, 16}}, {7, {5, 33, Layer::kTokens}}};
+        for (const auto& [threads, lengths] : calls) {
+          const auto d = device(level, threads, Layer::kTokens);
+          for (int64_t tokens : lengths) {
             const int64_t begin = Layer::kTokens - tokens;
             const std::vector<Floats> got = layer.all(*d, begin, tokens);
             for (int64_t t = 0; t < tokens; t++)
@@ -516,7 +553,7 @@ TEST_CASE("cpu device: routing survives NaN, memory and scratch are refused by n
   {
     Layer layer({DType::BF16, 0}, Act::F32);
     std::fill_n(layer.logits.begin(), Layer::kExperts, std::numeric_limits<float>::quiet_NaN());
-    CHECK_NOTHROW(layer.all(*d, 0, Layer::kTokens));  // K distinct valid experts are chosen, whatever the logits
+    CHECK_NOTHROW(layer.all(*d, 0, 41));  // K distinct valid experts are chosen, whatever the logits
   }
   CHECK_THROWS_AS(d->alloc(size_t{1} << 60, "the cache"), Error);
   try {

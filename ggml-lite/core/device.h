@@ -369,7 +369,7 @@ class Device {
   // 0: not measured, or that is too little to tell memory from caches.
   virtual double read_bandwidth(uint64_t most) { return (void)most, 0; }
   // Multiplications and additions of int8 codes per second, by the instructions that matrix products are made of, in registers alone. 0: not measured.
-  virtual double peak() { return 0; }
+  virtual double int8_peak() { return 0; }
   // Bytes per second of copies from pinned memory of the host; 0 where there is no way to go.
   virtual double bus_bandwidth() { return 0; }
 

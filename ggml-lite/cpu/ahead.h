@@ -8,7 +8,7 @@ struct Ahead {
   const uint8_t* at;
   const uint8_t* end;
   void ask(int64_t bytes) {
-    for (const uint8_t* to = at + bytes; at < to && at < end; at += 64) __builtin_prefetch(at, 0, 2);
+    for (; bytes > 0 && at < end; at += 64, bytes -= 64) __builtin_prefetch(at, 0, 2);
   }
 };
 

@@ -145,10 +145,10 @@ static OpLimits larger(const OpLimits& a, const OpLimits& b) {
 CpuDevice::Scratch CpuDevice::lay_out(const OpLimits& m) const {
   Scratch s;
   const int64_t width = std::max({m.width, m.model_width, m.expert_width});
-  // Matrix products: fp32 and prepared rows of every token. Experts: for each choice a row inside, fp32 and prepared, and one of the model's.
+  // Matrix products: fp32 and prepared rows of every token; packed ones as well are fewer bytes, where packs are full. Experts: for each choice a row inside, fp32 and prepared, and one of the model's.
   s.rows_size = m.tokens * std::max(4 * round_up(width, 64) + largest_prepared_row(width),
                                     m.chosen * (4 * round_up(m.expert_width, 16) + largest_prepared_row(m.expert_width)) + largest_prepared_row(width)) + 256;
-  s.rows_size += kPacked * round_up(width, kPadK) * 9 / 8;  // a pack of few
+  s.rows_size += kPacked * round_up(width, kPadK) * 9 / 8;  // and one that is not
   s.pointers_size = m.tokens * (2 + 4 * int64_t{m.chosen});
   s.local_floats = round_up(3 * width + m.heads * (2 * kPartExtra + kKeys) + (2 * kDeltaBlock + 16) * (m.key_dim + m.value_dim) + m.key_dim * m.value_dim + 64, 1024);
   const int64_t blocks = m.heads ? m.context / kKeys + 1 : 0;
@@ -203,7 +203,7 @@ Rows CpuDevice::take_rows(int64_t n, int64_t stride) {
 
 Rows CpuDevice::take_rows(const Matrix& m, int64_t n) {
   Rows r = take_rows(n, m.product.bytes);
-  if (m.takes_packed(n)) r.packed = take_bytes((n + kPacked - 1) / kPacked * m.product.packed);
+  if (m.takes_packed(n)) r.packed = take_bytes(packs_of(n) * m.product.packed);
   return r;
 }
 

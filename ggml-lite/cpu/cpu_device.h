@@ -41,6 +41,12 @@ struct Rows {
   uint8_t* operator[](int64_t i) const { return data + i * stride; }
 };
 
+inline int64_t packs_of(int64_t tokens) { return (tokens + kPacked - 1) / kPacked; }
+// n <= 0: nothing
+inline void pack(const Matrix& m, const uint8_t* const* x, int64_t n, uint8_t* packed) {
+  for (int64_t t = 0; t < n; t += kPacked, packed += m.product.packed) m.many->pack(m.product, x + t, static_cast<int>(std::min<int64_t>(kPacked, n - t)), packed);
+}
+
 // What meets a matrix: rows x[0] .. x[n - 1] of activations, which may be packed already.
 struct Tokens {
   const uint8_t* const* x;
@@ -68,7 +74,7 @@ class CpuDevice final : public Device {
   void reserve(const OpLimits& limits) override;
   size_t read_ahead(const Experts& experts, std::span<const int32_t> ids, const std::function<bool()>& stop) override;
   double read_bandwidth(uint64_t most) override { return cpu_read_bandwidth(threads_.size(), most); }
-  double peak() override { return cpu_peak(threads_.size(), kernels_); }
+  double int8_peak() override { return cpu_peak(threads_.size(), kernels_); }
 
  private:
   void* do_alloc(size_t bytes, const char* what) override;
@@ -97,15 +103,13 @@ class CpuDevice final : public Device {
   uint8_t* unpacked(int thread) const { return unpacked_ + thread * unpacked_size_; }
 
   // ---- inside a parallel region
-  // The tokens that a thread prepares: whole packs of them, and pack_rows() packs these.
-  Range own_tokens(const Rows& x, int64_t n, int thread) const {
-    const int64_t of = x.packed ? kPacked : 1;
-    const Range r = share((n + of - 1) / of, thread, threads_.size());
-    return {std::min(n, r.begin * of), std::min(n, r.end * of)};
-  }
-  static void pack_rows(const Matrix& m, const Rows& x, Range r) {
-    for (int64_t t = r.begin; x.packed && t < r.end; t += kPacked)
-      m.many->pack(m.product, x.x + t, static_cast<int>(std::min<int64_t>(kPacked, r.end - t)), x.packed + t / kPacked * m.product.packed);
+  // Behind the barrier where all rows of n tokens are prepared: packs them, if they are to be, and meets the other threads again.
+  void pack_rows(const Matrix& m, const Rows& x, int64_t n, int thread) {
+    if (!x.packed) return;
+    const Range mine = share(packs_of(n), thread, threads_.size());
+    const int64_t first = mine.begin * kPacked;
+    pack(m, x.x + first, std::min(mine.end * kPacked, n) - first, x.packed + mine.begin * m.product.packed);
+    threads_.barrier(thread);
   }
   // body(Range) on contiguous ranges of n units, each unit once, over all threads: a thread's own ranges, one behind the other, then what is
   // left of others'. More ranges than threads even out threads of unequal speed; fewer keep the streams long.
@@ -195,22 +199,21 @@ void multiply_tokens(const Matrix& m, Range panels, const Tokens& tokens, int64_
       if (many)
         m.many->multiply(m.product, unpack ? unpacked : w, unpack ? m.product.unpacked : m.panel_stride, n, tokens.x + t,
                          tokens.packed ? tokens.packed + t / kPacked * m.product.packed : nullptr, count, next, next_bytes, tile);
-      else m.multiply(m.product, w, rows(i), tokens.x + t, count, tile);
+      else m.multiply(m.product, w, next, rows(i), tokens.x + t, count, tile);
       for (int j = 0; j < n; j++) emit((i + j) * kPanelRows, rows(i + j), first + t, count, tile + j * kBlock * kPanelRows);
     }
   }
 }
 
 // y = W x for the panels of a range; emit(first row, rows, first token, tokens, tile): tile[16 * t + r]. Many tokens need `unpacked`,
-// room for kPanels panels and kBlock rows x. `then`: weights of this form that will be read after these, if known.
+// room for kPanels unpacked panels or kBlock packed rows. `then`: what will be read after these panels, if known.
 template <class Emit>
 void multiply(const Matrix& m, Range panels, const Tokens& tokens, uint8_t* unpacked, Emit emit, const uint8_t* then = nullptr) {
   const bool many = m.many && tokens.n >= m.many->least;
   if (!m.takes_packed(tokens.n) || tokens.packed) return multiply_tokens(m, panels, tokens, 0, many, unpacked, emit, then);
   for (int64_t t = 0; t < tokens.n; t += kBlock) {
     const Tokens some = {tokens.x + t, std::min<int64_t>(kBlock, tokens.n - t), unpacked};
-    for (int64_t i = 0; i < some.n; i += kPacked)
-      m.many->pack(m.product, some.x + i, static_cast<int>(std::min<int64_t>(kPacked, some.n - i)), unpacked + i / kPacked * m.product.packed);
+    pack(m, some.x, some.n, unpacked);
     multiply_tokens(m, panels, some, t, true, nullptr, emit, then);
   }
 }
@@ -236,8 +239,8 @@ void multiply_swiglu(const Kernels& kernels, const Matrix& m, Range units, const
   for (int64_t i = units.begin; i < units.end; i++)
     for (int64_t t = 0; t < tokens.n; t += kBlock) {
       const int n = static_cast<int>(std::min<int64_t>(kBlock, tokens.n - t));
-      m.multiply(m.product, m.data + i * half, 8, tokens.x + t, n, tile);
-      m.multiply(m.product, m.data + (m.rows / 16 + i) * half, 8, tokens.x + t, n, tile + 8);
+      m.multiply(m.product, m.data + i * half, nullptr, 8, tokens.x + t, n, tile);
+      m.multiply(m.product, m.data + (m.rows / 16 + i) * half, nullptr, 8, tokens.x + t, n, tile + 8);
       combine(i, t, n, tile);
     }
 }

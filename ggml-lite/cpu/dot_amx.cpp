@@ -29,7 +29,7 @@ constexpr int kTile = 16, kGroups = 2;
 static_assert(kPacked == kTile && kPanels == 2);
 
 // k of rows 0..15 from k on, signed, at 64 (k / 64 * 16 + row) + k % 64. INT4: in the upper half of their bytes, where the mask and the sign are one
-// instruction: 16 times what they are; scales have the sixteenth of it. Both are exact (products of two scales from 2^-122 on).
+// instruction: 16 times what they are, and so are the sums until they are complete, which changes no bit of normal numbers.
 template <int Bits>
 void unpack(const uint8_t* tile, int64_t length, uint8_t* to) {
   const __m512i sign = _mm512_set1_epi8(-128), upper = _mm512_set1_epi8(-16);
@@ -55,7 +55,7 @@ void unpack(const uint8_t* tile, int64_t length, uint8_t* to) {
 }
 
 // 16 x 16 values of 4 bytes: row i, value j <-> row j, value i
-void transpose(__m512i (&r)[16]) {
+[[gnu::always_inline]] inline void transpose(__m512i (&r)[16]) {
   __m512i t[16];
   QN_UNROLL
   for (int i = 0; i < 16; i += 2) t[i] = _mm512_unpacklo_epi32(r[i], r[i + 1]), t[i + 1] = _mm512_unpackhi_epi32(r[i], r[i + 1]);
@@ -98,7 +98,7 @@ void pack(const Product& p, const uint8_t* const* x, int rows, uint8_t* packed) 
 // What became of a chunk of two panels and 16 tokens, to be scaled
 struct Sums {
   alignas(64) int32_t of[kGroups][2][16 * kTile];  // [group][panel][16 r + t]
-  const float* scales;                             // [group][panel][r]
+  const float* scales;                             // [group][panel][r], two panels
   const float* of_tokens;                          // [group][t]
   int groups = 0;                                  // 0: nothing
   float* y;                                        // [kBlock panel + r][t]
@@ -121,90 +121,100 @@ template <int Panel, int From, int To>
   }
 }
 
-// Sums of two panels, a chunk of them unpacked, with 16 tokens. Meanwhile, piece by piece between the instructions for tiles, what is there
+// Sums of Panels panels, a chunk of them unpacked, with 16 tokens. Meanwhile, piece by piece between the instructions for tiles, what is there
 // before is scaled, and weights are asked for: by itself the processor looks not far enough ahead to do both at once.
 //
 //   tiles  0, 1: sums of the panels    4, 5, 6: two of weights, one of tokens    2, 3, 7: the same for the second half of a group of 128
-template <int Group>
+template <int Group, int Panels>
 void meet(const uint8_t (&codes)[2][16 * kGroups * Group], const uint8_t* x, Sums& sums, const Sums& before, Ahead& ahead, int64_t part) {
   auto group = [&]<int G>() {
     constexpr int kAt = G * Group / 64 * 1024 + G * Group % 64;
-    constexpr bool kTwo = Group == 128;
+    constexpr bool kTwo = Group == 128, kBoth = Panels > 1;
+    const auto earlier = [&]<int From, int To>() {
+      if constexpr (G < Panels) add_scaled<G, From, To>(before);
+      ahead.ask(part);
+    };
     const uint8_t* xg = x + 16 * Group * G;
-    clear<0>(), clear<1>();
+    clear<0>();
+    if constexpr (kBoth) clear<1>();
     load_tile<4>(codes[0] + kAt, 64);
-    add_scaled<G, 0, 3>(before), ahead.ask(part);
+    earlier.template operator()<0, 3>();
     load_tile<6>(xg, 64);
-    add_scaled<G, 3, 6>(before), ahead.ask(part);
+    earlier.template operator()<3, 6>();
     multiply_tiles<0, 4, 6>();
-    load_tile<5>(codes[1] + kAt, 64);
-    add_scaled<G, 6, 8>(before), ahead.ask(part);
-    multiply_tiles<1, 5, 6>();
+    if constexpr (kBoth) load_tile<5>(codes[1] + kAt, 64);
+    earlier.template operator()<6, 8>();
+    if constexpr (kBoth) multiply_tiles<1, 5, 6>();
     if constexpr (kTwo) load_tile<2>(codes[0] + kAt + 1024, 64);
-    add_scaled<G, 8, 11>(before), ahead.ask(part);
+    earlier.template operator()<8, 11>();
     if constexpr (kTwo) load_tile<7>(xg + 1024, 64);
-    add_scaled<G, 11, 14>(before), ahead.ask(part);
+    earlier.template operator()<11, 14>();
     if constexpr (kTwo) multiply_tiles<0, 2, 7>();
     store_tile<0>(sums.of[G][0], 64);
-    if constexpr (kTwo) load_tile<3>(codes[1] + kAt + 1024, 64);
-    add_scaled<G, 14, 16>(before), ahead.ask(part);
-    if constexpr (kTwo) multiply_tiles<1, 3, 7>();
-    store_tile<1>(sums.of[G][1], 64);
+    if constexpr (kTwo && kBoth) load_tile<3>(codes[1] + kAt + 1024, 64);
+    earlier.template operator()<14, 16>();
+    if constexpr (kTwo && kBoth) multiply_tiles<1, 3, 7>();
+    if constexpr (kBoth) store_tile<1>(sums.of[G][1], 64);
   };
   group.template operator()<0>();
   if (sums.groups > 1) group.template operator()<1>();
-  else add_scaled<1, 0, 16>(before);
+  else if (Panels > 1) add_scaled<1, 0, 16>(before);
 }
 
-template <int Bits, int Group>
-void multiply_groups(const Product& p, const uint8_t* const (&panel)[2], const uint8_t* packed, int tokens, Ahead ahead, float* y) {
+template <int Bits, int Group, int Panels>
+void multiply_groups(const Product& p, const uint8_t* w, int64_t stride, const uint8_t* packed, int tokens, Ahead ahead, float* y) {
   constexpr int kStep = Group < 64 ? Group : 64, kChunk = kGroups * Group, kAsks = 6;  // kAsks: of a group
   alignas(64) uint8_t codes[2][16 * kChunk];
-  alignas(64) float scales[2][kGroups][2][16];  // of this chunk and the one before
-  Sums sums[2];                                 // likewise of blocks of 16 tokens
+  alignas(64) float scales[2][kGroups * 2 * 16];  // of this chunk and the one before
+  Sums sums[2];                                   // likewise of blocks of 16 tokens
   const int64_t groups = p.kp / Group, part = (ahead.end - ahead.at) / (kAsks * groups) + 64;
   const int blocks = (tokens + kTile - 1) / kTile;
   Shapes s;
   for (int i = 0; i < 8; i++) s.rows[i] = i < 6 ? kTile : kStep / 4, s.row_bytes[i] = i < 2 || i > 5 ? 64 : kStep;
   set_shapes(s);
-  for (int i = 0; i < 2; i++) std::memset(y + 16 * kBlock * i, 0, static_cast<size_t>(blocks) * 1024);
+  for (int i = 0; i < Panels; i++) std::memset(y + 16 * kBlock * i, 0, static_cast<size_t>(blocks) * 1024);
   int turn = 0;
   for (int64_t g = 0; g < groups; g += kGroups) {
     const int n = groups - g < kGroups ? 1 : kGroups;
-    float(*of)[2][16] = scales[g / kGroups % 2];
-    for (int i = 0; i < 2; i++) {
-      for (int j = 0; j < n; j++) {
-        const __m256i halfs = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(panel[i] + 32 * (g + j)));
-        _mm512_store_ps(of[j][i], _mm512_mul_ps(_mm512_set1_ps(Bits == 4 ? 1.0f / 16 : 1.0f), _mm512_cvtph_ps(halfs)));
-      }
-      unpack<Bits>(panel[i] + p.tiles_at + g * Group * (Bits == 4 ? 8 : 16), n * Group, codes[i]);
+    float* const of = scales[g / kGroups % 2];
+    for (int i = 0; i < Panels; i++) {
+      const uint8_t* panel = w + i * stride;
+      for (int j = 0; j < n; j++)
+        _mm512_store_ps(of + 32 * j + 16 * i, _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(panel + 32 * (g + j)))));
+      unpack<Bits>(panel + p.tiles_at + g * Group * (Bits == 4 ? 8 : 16), n * Group, codes[i]);
     }
     for (int b = 0; b < blocks; b++, turn ^= 1) {
       const uint8_t* x = packed + b * p.packed;
       Sums& now = sums[turn];
-      now.scales = of[0][0], now.of_tokens = reinterpret_cast<const float*>(x) + 16 * g, now.groups = n, now.y = y + 256 * b;
-      meet<Group>(codes, x + 64 * groups + 16 * g * Group, now, sums[turn ^ 1], ahead, b ? 0 : part);
+      now.scales = of, now.of_tokens = reinterpret_cast<const float*>(x) + 16 * g, now.groups = n, now.y = y + 256 * b;
+      meet<Group, Panels>(codes, x + 64 * groups + 16 * g * Group, now, sums[turn ^ 1], ahead, b ? 0 : part);
     }
   }
-  add_scaled<0, 0, 16>(sums[turn ^ 1]), add_scaled<1, 0, 16>(sums[turn ^ 1]);
+  add_scaled<0, 0, 16>(sums[turn ^ 1]);
+  if (Panels > 1) add_scaled<1, 0, 16>(sums[turn ^ 1]);
   release_tiles();  // for as long as tiles hold something, every switch of threads saves 8 KB
-  for (int i = 0; i < 2 * blocks; i++) {
+  for (int i = 0; i < Panels * blocks; i++) {
     float* at = y + 16 * kBlock * (i / blocks) + 256 * (i % blocks);
     __m512i of[16];
-    for (int r = 0; r < 16; r++) of[r] = _mm512_load_si512(at + 16 * r);
+    for (int r = 0; r < 16; r++)
+      of[r] = _mm512_castps_si512(_mm512_mul_ps(_mm512_set1_ps(Bits == 4 ? 1.0f / 16 : 1.0f), _mm512_load_ps(at + 16 * r)));
     transpose(of);
     for (int t = 0; t < 16; t++) _mm512_store_si512(at + 16 * t, of[t]);
   }
 }
 
+template <int Bits, int Group>
+void multiply_panels(const Product& p, const uint8_t* w, int64_t stride, int panels, const uint8_t* packed, int tokens, Ahead ahead, float* y) {
+  if (panels > 1) multiply_groups<Bits, Group, 2>(p, w, stride, packed, tokens, ahead, y);
+  else multiply_groups<Bits, Group, 1>(p, w, stride, packed, tokens, ahead, y);
+}
 template <int Bits>
 void multiply_many(const Product& p, const uint8_t* w, int64_t stride, int panels, const uint8_t* const*, const uint8_t* packed, int tokens,
                    const uint8_t* next, int64_t next_bytes, float* y) {
-  const uint8_t* const panel[2] = {w, panels > 1 ? w + stride : w};  // a last one meets the tokens twice
   const Ahead ahead{next, next + next_bytes};
-  if (p.group == 128) multiply_groups<Bits, 128>(p, panel, packed, tokens, ahead, y);
-  else if (p.group == 64) multiply_groups<Bits, 64>(p, panel, packed, tokens, ahead, y);
-  else multiply_groups<Bits, 32>(p, panel, packed, tokens, ahead, y);
+  if (p.group == 128) multiply_panels<Bits, 128>(p, w, stride, panels, packed, tokens, ahead, y);
+  else if (p.group == 64) multiply_panels<Bits, 64>(p, w, stride, panels, packed, tokens, ahead, y);
+  else multiply_panels<Bits, 32>(p, w, stride, panels, packed, tokens, ahead, y);
 }
 
 double work(int64_t rounds) {

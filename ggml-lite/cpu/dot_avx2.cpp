@@ -218,7 +218,7 @@ void panel_tokens(const Product& p, const uint8_t* panel, const uint8_t* const* 
 }
 
 template <int Bits>
-void product_panel_bytes(const Product& p, const uint8_t* panel, int, const uint8_t* const* x, int tokens, float* y) {
+void product_panel_bytes(const Product& p, const uint8_t* panel, const uint8_t*, int, const uint8_t* const* x, int tokens, float* y) {
   if (p.group == 128) panel_tokens<Bits, 128>(p, panel, x, tokens, y);
   else if (p.group == 64) panel_tokens<Bits, 64>(p, panel, x, tokens, y);
   else panel_tokens<Bits, 32>(p, panel, x, tokens, y);

@@ -139,10 +139,11 @@ void scale_group(const Product& p, F w, int64_t g, const uint8_t* const* x, cons
 }
 
 template <int Bits, int Tiles, bool Halves, int T>
-void panel_bytes(const Product& p, const uint8_t* panel, const uint8_t* const* x, float* y) {
+void panel_bytes(const Product& p, const uint8_t* panel, const uint8_t* next, const uint8_t* const* x, float* y) {
   constexpr int kLines = T <= 2 ? 8 : 4;        // lines in flight: whole tiles in order of addresses where registers allow
   // Asked for in L2, which has room for more lines on their way than L1 has for loads (measured, 16 cores of a Xeon: gate_up of one token 109 to
-  // 121 GB/s instead of 94 to 99). INT8 in two passes, of four tiles at most, hides its order from the hardware.
+  // 121 GB/s instead of 94 to 99). INT8 in two passes, of four tiles at most, hides its order from the hardware. Beyond the end it is `next` that
+  // is asked for: ranges of an expert may be so short that a fourth of what was asked for would be another thread's.
   constexpr int kAsk = kLines == 8 ? 4096 : Bits == 8 ? 8192 : 0;
   const __m512i low = _mm512_set1_epi8(15);
   F total[T];
@@ -150,6 +151,9 @@ void panel_bytes(const Product& p, const uint8_t* panel, const uint8_t* const* x
   for (F& v : total) v = zero();
   const uint8_t* tile = panel + p.tiles_at;
   const int64_t steps = p.kp / (Bits == 4 ? 64 : 32) / Tiles;
+  const uint8_t* const end = tile + steps * Tiles * kTileBytes;
+  if (kAsk && next)
+    for (int64_t i = 0; i < p.tiles_at; i += 64) __builtin_prefetch(next + i, 0, 2);
   constexpr int kGroups = Halves ? 2 : 1;  // of a step
   F scales[kGroupsAhead];
   for (int64_t step = 0; step < steps; step++, tile += Tiles * kTileBytes) {
@@ -158,6 +162,8 @@ void panel_bytes(const Product& p, const uint8_t* panel, const uint8_t* const* x
       const int64_t left = steps * kGroups - group;
       unpack_scales(panel + 32 * group, left < kGroupsAhead ? left : kGroupsAhead, scales);
     }
+    const uint8_t* ask = tile + kAsk;
+    if (ask >= end) ask = next ? next + p.tiles_at + (ask - end) : tile;
     __m512i quad[2][T];
     QN_UNROLL
     for (int q = 0; q < 8; q += kLines) {
@@ -183,7 +189,7 @@ void panel_bytes(const Product& p, const uint8_t* panel, const uint8_t* const* x
         QN_UNROLL
         for (int l = 0; l < kLines; l++) {
           const uint8_t* at = tile + i * kTileBytes + (q + l) * 64;
-          if (kAsk) __builtin_prefetch(at + kAsk, 0, 2);
+          if (kAsk) __builtin_prefetch(ask + (at - tile), 0, 2);
           const __m512i w = load_line(at);
           if constexpr (Bits == 4) {
             const __m512i lo = _mm512_and_si512(w, low), hi = _mm512_and_si512(_mm512_srli_epi16(w, 4), low);
@@ -220,22 +226,22 @@ void panel_bytes(const Product& p, const uint8_t* panel, const uint8_t* const* x
 }
 
 template <int Bits, int Tiles, bool Halves>
-void panel_tokens(const Product& p, const uint8_t* panel, const uint8_t* const* x, int tokens, float* y) {
+void panel_tokens(const Product& p, const uint8_t* panel, const uint8_t* next, const uint8_t* const* x, int tokens, float* y) {
   int t = 0;
-  for (; t + 4 <= tokens; t += 4) panel_bytes<Bits, Tiles, Halves, 4>(p, panel, x + t, y + 16 * t);
+  for (; t + 4 <= tokens; t += 4) panel_bytes<Bits, Tiles, Halves, 4>(p, panel, next, x + t, y + 16 * t);
   switch (tokens - t) {
-    case 3: return panel_bytes<Bits, Tiles, Halves, 3>(p, panel, x + t, y + 16 * t);
-    case 2: return panel_bytes<Bits, Tiles, Halves, 2>(p, panel, x + t, y + 16 * t);
-    case 1: return panel_bytes<Bits, Tiles, Halves, 1>(p, panel, x + t, y + 16 * t);
+    case 3: return panel_bytes<Bits, Tiles, Halves, 3>(p, panel, next, x + t, y + 16 * t);
+    case 2: return panel_bytes<Bits, Tiles, Halves, 2>(p, panel, next, x + t, y + 16 * t);
+    case 1: return panel_bytes<Bits, Tiles, Halves, 1>(p, panel, next, x + t, y + 16 * t);
   }
 }
 
 template <int Bits>
-void product_panel_bytes(const Product& p, const uint8_t* panel, int, const uint8_t* const* x, int tokens, float* y) {
+void product_panel_bytes(const Product& p, const uint8_t* panel, const uint8_t* next, int, const uint8_t* const* x, int tokens, float* y) {
   constexpr int kPer32 = Bits == 4 ? 0 : 1;  // tiles in 32 k of INT8; of INT4 half a one
-  if (p.group == 128) panel_tokens<Bits, kPer32 ? 4 : 2, false>(p, panel, x, tokens, y);
-  else if (p.group == 64) panel_tokens<Bits, kPer32 ? 2 : 1, false>(p, panel, x, tokens, y);
-  else panel_tokens<Bits, 1, kPer32 == 0>(p, panel, x, tokens, y);
+  if (p.group == 128) panel_tokens<Bits, kPer32 ? 4 : 2, false>(p, panel, next, x, tokens, y);
+  else if (p.group == 64) panel_tokens<Bits, kPer32 ? 2 : 1, false>(p, panel, next, x, tokens, y);
+  else panel_tokens<Bits, 1, kPer32 == 0>(p, panel, next, x, tokens, y);
 }
 
 // ---- the same for many tokens; see Many

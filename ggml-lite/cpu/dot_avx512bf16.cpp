@@ -64,7 +64,7 @@ void rows_of_tokens(const Product& p, const uint16_t* w, int rows, const uint8_t
 
 // Few tokens: row by row, one stream from memory. More: tokens outside, 4 of them meet 4 rows at a time.
 template <bool Scaled>
-void product_rows_bf16(const Product& p, const uint8_t* bytes, int rows, const uint8_t* const* x, int tokens, float* y) {
+void product_rows_bf16(const Product& p, const uint8_t* bytes, const uint8_t*, int rows, const uint8_t* const* x, int tokens, float* y) {
   const uint16_t* w = reinterpret_cast<const uint16_t*>(bytes);
   if (tokens < 4) {
     for (int r = 0; r < rows; r++) {

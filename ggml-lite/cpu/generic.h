@@ -72,7 +72,7 @@ void rows_of_tokens(const Product& p, const W* w, int rows, const float* const* 
 
 // Few tokens: row by row. More: tokens outside, for kTokens rows of them stay in the first level of cache.
 template <class W>
-void product_rows_f32(const Product& p, const uint8_t* bytes, int rows, const uint8_t* const* x, int tokens, float* y) {
+void product_rows_f32(const Product& p, const uint8_t* bytes, const uint8_t*, int rows, const uint8_t* const* x, int tokens, float* y) {
   const W* w = reinterpret_cast<const W*>(bytes);
   const float* const* xf = reinterpret_cast<const float* const*>(x);
   if (tokens < kTokens) {
@@ -129,7 +129,7 @@ void panel_f32(const Product& p, const uint8_t* panel, const float* const* x, fl
 }
 
 template <int Bits>
-void product_panel_f32(const Product& p, const uint8_t* panel, int, const uint8_t* const* x, int tokens, float* y) {
+void product_panel_f32(const Product& p, const uint8_t* panel, const uint8_t*, int, const uint8_t* const* x, int tokens, float* y) {
   const float* const* xf = reinterpret_cast<const float* const*>(x);
   int t = 0;
   for (; t + 4 <= tokens; t += 4) panel_f32<Bits, 4>(p, panel, xf + t, y + 16 * t);

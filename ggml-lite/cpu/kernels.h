@@ -41,7 +41,8 @@ inline constexpr int kKeys = 256;      // keys of one call of attend: the blocks
 
 // y[16*t + r] = row r of w times x[t], for r < rows <= 16 and t < tokens <= kBlock. T16: w is a panel. Row-major: its first row.
 // The sum of one (row, token) has one order, whatever rows and tokens are.
-using ProductFn = void (*)(const Product&, const uint8_t* w, int rows, const uint8_t* const* x, int tokens, float* y);
+// `next`: the weights that will be read after these, or null; a stream that jumps is one that the hardware does not foresee.
+using ProductFn = void (*)(const Product&, const uint8_t* w, const uint8_t* next, int rows, const uint8_t* const* x, int tokens, float* y);
 
 // T16 panels that meet many tokens. AVX-512 unpacks a panel once, so that neither nibbles nor the folding of lines is paid for every token:
 //
@@ -50,15 +51,17 @@ using ProductFn = void (*)(const Product&, const uint8_t* w, int rows, const uin
 // A line is one register whose lane holds 4 k of one row, the operand of vpdpbusd beside 4 activations in every lane.
 // Lane 4i + j holds row i + 8 (j % 2) + 4 (j / 2): the order that a T16 tile gives up with fewest moves.
 //
-// AMX takes panels as they are, and rows of activations that were packed, kPacked at a time; where there are fewer, zeros:
+// AMX takes panels as they are, and rows of activations that were packed, kPacked at a time; where there are fewer, zeros (so a level has one of
+// `unpack` and `pack`):
 //
 //   packed rows:     [ fp32 scales: G x 16 rows ][ codes: Kp/4 lines of 16 rows x 4 k ]      16 lines are one tile
 struct Many {
   int least = 0;  // tokens from which on this is faster than `product`; 0: this level has none
   void (*unpack)(const Product&, const uint8_t* panel, uint8_t* unpacked) = nullptr;  // null: `multiply` takes panels as they are
   void (*pack)(const Product&, const uint8_t* const* x, int rows, uint8_t* packed) = nullptr;  // null: `multiply` takes rows as they are
-  // y[16 * (kBlock * i + t) + r]: panel i < panels <= kPanels at w + i * stride, as it is or unpacked, times row x[t], or row t of `packed`.
-  // y has room for kPanels of them. The same bits as the product. Meanwhile `next`, the next_bytes of weights that come after these, is asked for.
+  // y[16 * (kBlock * i + t) + r]: panel i < panels <= kPanels at w + i * stride, as it is or unpacked, times row x[t], or row t of `packed`. Both
+  // are aligned to 64 bytes, and y may be written up to the next multiple of kPacked tokens. The same bits as the product, as long as sums are
+  // normal numbers. Meanwhile `next`, the next_bytes of weights that come after these, is asked for.
   void (*multiply)(const Product&, const uint8_t* w, int64_t stride, int panels, const uint8_t* const* x, const uint8_t* packed, int tokens,
                    const uint8_t* next, int64_t next_bytes, float* y) = nullptr;
 };

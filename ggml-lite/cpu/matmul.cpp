@@ -39,18 +39,18 @@ void CpuDevice::do_norm_matmul(const NormMatmulArgs& a) {
   for (int64_t t = 0; t < tokens; t++) x.x[t] = x[t];
   const Rows xw = take_rows(w, a.w ? tokens : 0);
   threads_.run([&](int thread) {
-    const Range mine = own_tokens(xw, tokens, thread);
+    const Range mine = share(tokens, thread, threads_.size());
     for (int64_t t = mine.begin; t < mine.end; t++) {
       float* row = reinterpret_cast<float*>(x[t]);
       norm(a.h.f32(t), a.norm, a.eps, width, row);
       if (a.w) kernels_.prepare(w.product, a.act, row, xw[t]);
     }
-    pack_rows(w, xw, mine);
     const int64_t units = w.panels() + exact.panels();
     if (mine.end == mine.begin) look_ahead(thread, units, 4, [&](int64_t i) {
       return i < w.panels() ? w.data + i * w.panel_stride : exact.data + (i - w.panels()) * exact.panel_stride;
     });
     threads_.barrier(thread);
+    pack_rows(w, xw, tokens, thread);
     auto store = [](const Tensor& y) {
       return [&y](int64_t row, int rows, int64_t t0, int n, const float* tile) {
         for (int t = 0; t < n; t++) std::memcpy(y.f32(t0 + t) + row, tile + t * kPanelRows, rows * 4);
@@ -72,14 +72,14 @@ void CpuDevice::add_product(const char* op, const Tensor& weights, Act act, cons
   reset_scratch();
   const Rows x = take_rows(w, tokens);
   threads_.run([&](int thread) {
-    const Range mine = own_tokens(x, tokens, thread);
+    const Range mine = share(tokens, thread, threads_.size());
     for (int64_t t = mine.begin; t < mine.end; t++) {
       fill(t, local(thread));
       kernels_.prepare(w.product, act, local(thread), x[t]);
     }
-    pack_rows(w, x, mine);
     if (mine.end == mine.begin) look_ahead(thread, w.panels(), 4, [&](int64_t i) { return w.data + i * w.panel_stride; });
     threads_.barrier(thread);
+    pack_rows(w, x, tokens, thread);
     spread(thread, w.panels(), 4, [&](Range r) {
       multiply(w, r, {x.x, tokens, x.packed}, unpacked(thread), [&](int64_t row, int rows, int64_t t0, int n, const float* tile) {
         for (int t = 0; t < n; t++)

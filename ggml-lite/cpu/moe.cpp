@@ -30,12 +30,11 @@ void CpuDevice::do_moe_router(const MoeRouterArgs& a) {
   for (int64_t t = 0; t < tokens; t++) x[t] = reinterpret_cast<const uint8_t*>(a.x.f32(t));
   const Rows xs = take_rows(shared, tokens);
   threads_.run([&](int thread) {
-    const Range mine = own_tokens(xs, tokens, thread);
+    const Range mine = share(tokens, thread, threads_.size());
     for (int64_t t = mine.begin; t < mine.end; t++) {
       norm(a.h.f32(t), a.norm, a.eps, width, a.x.f32(t));
       kernels_.prepare(shared.product, a.shared_act, a.x.f32(t), xs[t]);
     }
-    pack_rows(shared, xs, mine);
     // units: router panels, then 8 columns of the shared expert each, then its gate
     const int64_t routers = router.panels(), columns = shared.rows / kPanelRows;
     if (mine.end == mine.begin) look_ahead(thread, routers + columns + 1, 4, [&](int64_t i) {
@@ -43,6 +42,7 @@ void CpuDevice::do_moe_router(const MoeRouterArgs& a) {
       return i < routers ? router.data + i * router.panel_stride : shared.data + (i - routers) * (shared.panel_stride / half);
     });
     threads_.barrier(thread);
+    pack_rows(shared, xs, tokens, thread);
     spread(thread, routers + columns + 1, 4, [&](Range r) {
       multiply(router, clip(r, 0, routers), {x, tokens}, unpacked(thread), [&](int64_t row, int rows, int64_t t0, int n, const float* tile) {
         for (int t = 0; t < n; t++) std::memcpy(a.logits.f32(t0 + t) + row, tile + t * kPanelRows, rows * 4);
@@ -162,12 +162,11 @@ void CpuDevice::do_moe_down(const MoeDownArgs& a) {
   const uint8_t** sorted = take_pointers(pairs);
   Routed r;
   auto tokens_of = [&](int e) { return r.first[e + 1] - r.first[e]; };
-  // Every thread meets all experts, so that rows are packed before it, those of each expert by themselves
-  const bool packs = first.takes_packed(pairs);
-  uint8_t* const packed = packs ? take_bytes(pairs / first.many->least * first.product.packed) : nullptr;
-  auto packed_bytes = [&](int e) {
-    return first.takes_packed(tokens_of(e)) ? (tokens_of(e) + kPacked - 1) / kPacked * first.product.packed : 0;
-  };
+  // Every thread meets all experts, so the rows of each are packed once for all threads. An expert with n >= least of them has ceil(n / kPacked)
+  // packs: never more than n / least, nor than n / 8.
+  const bool packs = first.takes_packed(tokens);
+  uint8_t* const packed = packs ? take_bytes(pairs / std::min(first.many->least, kPacked / 2) * first.product.packed) : nullptr;
+  auto packed_bytes = [&](int e) { return packs && first.takes_packed(tokens_of(e)) ? packs_of(tokens_of(e)) * first.product.packed : 0; };
   threads_.run([&](int thread) {
     const Range mine = share(pairs + tokens, thread, threads_.size());
     for (int64_t i = mine.begin; i < mine.end; i++)
@@ -183,13 +182,15 @@ void CpuDevice::do_moe_down(const MoeDownArgs& a) {
       return first.data + *std::min_element(a.ids.i32(), a.ids.i32() + chosen) * stride + i * first.panel_stride;
     });
     threads_.barrier(thread);
-    if (packs || xs.packed) {
+    if (packs) {
       uint8_t* to = packed;
-      for (int e = 0; packs && e < r.active; to += packed_bytes(e++))
-        if (packed_bytes(e) && e % threads_.size() == thread) pack_rows(first, {nullptr, 0, sorted + r.first[e], to}, {0, tokens_of(e)});
-      pack_rows(shared, xs, own_tokens(xs, tokens, thread));
-      threads_.barrier(thread);
+      for (int e = 0; e < r.active; e++) {
+        if (packed_bytes(e) && e % threads_.size() == thread) pack(first, sorted + r.first[e], tokens_of(e), to);
+        to += packed_bytes(e);
+      }
+      if (!xs.packed) threads_.barrier(thread);
     }
+    pack_rows(shared, xs, tokens, thread);
     auto add = [&](const Matrix& m, Range panels, const Tokens& from, const uint8_t* then, auto token_and_weight) {
       multiply(m, panels, from, unpacked(thread), [&](int64_t row, int rows, int64_t i0, int count, const float* tile) {
         for (int i = 0; i < count; i++) {
@@ -206,8 +207,9 @@ void CpuDevice::do_moe_down(const MoeDownArgs& a) {
         Matrix m = first;
         m.data += r.id[e] * stride;
         // a range of one expert is a few kB: ask for the beginning of the next one, which the hardware cannot foresee
-        const uint8_t* then = e + 1 < r.active ? first.data + r.id[e + 1] * stride + panels.begin * m.panel_stride : nullptr;
-        for (int64_t i = 0; then && i < 2048; i += 64) __builtin_prefetch(then + i);
+        const uint8_t* then = e + 1 < r.active ? first.data + r.id[e + 1] * stride + panels.begin * m.panel_stride
+                                               : shared.data + panels.begin * shared.panel_stride;
+        for (int64_t i = 0; i < 2048; i += 64) __builtin_prefetch(then + i);
         add(m, panels, {sorted + begin, tokens_of(e), packed_bytes(e) ? pack : nullptr}, then, [&](int64_t i) {
           const int32_t pair = r.pair[begin + i];
           return std::pair(pair / chosen, a.weights.f32()[pair]);
@@ -283,14 +285,19 @@ void CpuDevice::do_expert_pairs(const ExpertPairsArgs& a) {
       threads_.barrier(thread);
     }
     const int64_t each = int64_t{r.active} * kPieces;  // tasks of a thread
+    auto expert_of = [&](int64_t task) { return task % each / kPieces; };
+    auto columns_in = [&](int64_t task) {
+      return piece(part_of_expert(columns, static_cast<int>(task / each), r.id[expert_of(task)]), task % kPieces, kPieces);
+    };
     threads_.spread(thread, 0, each * threads_.size(), [&](int64_t i) {
-      const int64_t e = i % each / kPieces;
-      const Range columns_of = piece(part_of_expert(columns, static_cast<int>(i / each), r.id[e]), i % kPieces, kPieces);
+      const int64_t e = expert_of(i);
+      const Range columns_of = columns_in(i);
       const int32_t begin = r.first[e];
       Matrix m = up;
       m.data += r.id[e] * stride;
       multiply_swiglu(kernels_, m, columns_of, {(alone ? own_pair : sorted) + begin, r.first[e + 1] - begin}, unpacked(thread),
-                      [&](int64_t column, int64_t j, const float* v) { std::memcpy(reinterpret_cast<float*>(inner[begin + j]) + column, v, 8 * 4); });
+                      [&](int64_t column, int64_t j, const float* v) { std::memcpy(reinterpret_cast<float*>(inner[begin + j]) + column, v, 8 * 4); },
+                      (i + 1) % each ? up.data + r.id[expert_of(i + 1)] * stride + columns_in(i + 1).begin * up.panel_stride : nullptr);
     });
     auto panel_of = [&](int e, int64_t panel) { return down.data + r.id[e] * stride + panel * down.panel_stride; };
     auto ask_for = [&](int e, int64_t panel) {  // the first of a range of an expert, which the hardware cannot foresee
@@ -325,7 +332,7 @@ void CpuDevice::do_expert_pairs(const ExpertPairsArgs& a) {
             float* y = a.y.f32(a.token.i32()[pair]) + row;
             for (int j = 0; j < rows; j++) y[j] += a.weight.f32()[pair] * tile[i * kPanelRows + j];
           }
-        });
+        }, e + 1 < r.active ? panel_of(e + 1, panels.begin) : nullptr);
       }
     });
   });

@@ -647,7 +647,7 @@ void notes(const Run& run) {
   const auto line = [](const char* what, const std::string& text) { std::cout << qn::format("  %-10s ", what) << text << '\n'; };
   const auto gib = [](uint64_t v) { return qn::human_gib(v); };
   std::cout << '\n' << run.label << " (" << run.path << "), "
-            << qn::format("%d positions, passes of %d, %d threads", p.ctx, p.ubatch, run.threads) << '\n';
+            << qn::format("%d positions, passes of up to %d, %d threads", p.ctx, p.ubatch, run.threads) << '\n';
   std::string load = qn::human_bytes(run.info.file_bytes) + " mapped";
   if (l.bytes) {
     const double all = l.seconds * l.threads / 100;
@@ -660,7 +660,7 @@ void notes(const Run& run) {
   if (run.peak > 0) {
     std::string prompts;
     for (const Result& r : run.results)
-      if (const double speed = r.flops / statistic(r.seconds).mean; r.kind == Result::Test && r.gen == 0 && run.plan.act == "int8")
+      if (const double speed = r.flops / statistic(r.seconds).mean; r.kind == Result::Test && r.gen == 0)
         prompts += qn::format("; %s %.2f, %.1f %%", r.name.c_str(), speed / 1e12, 100 * speed / run.peak);
     line("peak", qn::format("%.2f TFLOP/s of int8 products in registers%s", run.peak / 1e12, prompts.c_str()));
   }
@@ -828,7 +828,7 @@ void run_model(const std::string& path, const Args& a, std::vector<Run>& runs, O
   if (qn::peak_rss() > before + (64 << 20)) run.measured_in = qn::peak_rss();
   else if (runs.size() > 1) run.measured_in = runs[runs.size() - 2].measured_in;
   run.roof = std::max(run.measured, a.bandwidth);
-  run.peak = engine.peak();
+  if (run.plan.act == "int8") run.peak = engine.int8_peak();
   const int most_rows = std::min(run.plan.ubatch, run.plan.ctx);
   for (const auto* list : {&a.verify, &a.ops})
     for (int rows : *list)
