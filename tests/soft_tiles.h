@@ -6,11 +6,6 @@
 namespace qn::cpu {
 namespace {
 
-struct alignas(64) Shapes {
-  uint8_t palette = 1, start_row = 0, reserved[14] = {};
-  uint16_t row_bytes[16] = {};
-  uint8_t rows[16] = {};
-};
 thread_local Shapes shapes;
 thread_local bool configured = false;
 alignas(64) thread_local uint8_t tiles[8][16][64];

@@ -14,6 +14,18 @@
 #include "ggml-lite/core/blocks.h"
 #include "ggml-lite/cpu/ahead.h"
 
+namespace qn::cpu {
+namespace {
+// Operand of ldtilecfg
+struct alignas(64) Shapes {
+  uint8_t palette = 1, start_row = 0, reserved[14] = {};
+  uint16_t row_bytes[16] = {};
+  uint8_t rows[16] = {};
+};
+static_assert(sizeof(Shapes) == 64);
+}  // namespace
+}  // namespace qn::cpu
+
 #if !defined(QN_TILES)  // tests have tiles in software
 #define QN_TILES "ggml-lite/cpu/tiles.h"
 #endif

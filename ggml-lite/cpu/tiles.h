@@ -1,16 +1,10 @@
-// The instructions of AMX. As generic.h, everything is in an anonymous namespace.
+// The instructions of AMX; dot_amx.cpp includes this behind Shapes. As generic.h, everything is in an anonymous namespace.
 #include <cstdint>
 
 namespace qn::cpu {
 namespace {
 
 // Instructions by name: the intrinsics of g++ 12 do not say that they read and write memory.
-struct alignas(64) Shapes {
-  uint8_t palette = 1, start_row = 0, reserved[14] = {};
-  uint16_t row_bytes[16] = {};
-  uint8_t rows[16] = {};
-};
-static_assert(sizeof(Shapes) == 64);
 void set_shapes(const Shapes& s) { asm volatile("ldtilecfg %0" ::"m"(s) : "memory"); }
 void release_tiles() { asm volatile("tilerelease" ::: "memory"); }
 template <int Tile>
