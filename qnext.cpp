@@ -726,7 +726,8 @@ struct Session::Impl {
   Timings timings;
 
   explicit Impl(Engine::Impl& engine)
-      : e(engine), m(engine.model), ubatch(std::min(e.plan.ubatch, e.plan.ctx)), first_pass(e.options.ubatch || e.parts[0].device->memory() ? ubatch : std::min(ubatch, kFirstPass)),
+      : e(engine), m(engine.model), ubatch(std::min(e.plan.ubatch, e.plan.ctx)),
+        first_pass(e.options.ubatch || e.parts[0].device->memory() ? ubatch : std::min(ubatch, kFirstPass)),
         last(make_stages()), logits(static_cast<size_t>(m.info.vocab)) {
     if (e.host) pipeline.before_pass = [this] { e.host->check(), e.host->expect(); };
     qn::DecoderModel d;
@@ -874,9 +875,8 @@ struct Session::Impl {
       tokens.insert(tokens.end(), all.begin() + from, all.begin() + end);
       const double began = now();
       forward(from, end - from, each);
-      const double took = now() - began;
-      if (const double length = took < kShortPass ? 2 : took > 2 * kShortPass ? 0.5 : 1; end - from == pass_tokens)
-        pass_tokens = std::clamp(static_cast<int>(length * pass_tokens), first_pass, ubatch);
+      if (const double took = now() - began; end - from == pass_tokens)
+        pass_tokens = std::clamp(took < kShortPass ? 2 * pass_tokens : took > 2 * kShortPass ? pass_tokens / 2 : pass_tokens, first_pass, ubatch);
       if (std::ranges::find(marks, end) != marks.end() && !each) pipeline.checkpoint(end);
       reached.push_back(r.prefilled += end - from);
       pipeline.keep_up();  // progress and time are those of work done

@@ -145,7 +145,8 @@ static OpLimits larger(const OpLimits& a, const OpLimits& b) {
 CpuDevice::Scratch CpuDevice::lay_out(const OpLimits& m) const {
   Scratch s;
   const int64_t width = std::max({m.width, m.model_width, m.expert_width});
-  // Matrix products: fp32 and prepared rows of every token; packed ones as well are fewer bytes, where packs are full. Experts: for each choice a row inside, fp32 and prepared, and one of the model's.
+  // Matrix products: fp32 and prepared rows of every token; with packed ones they are fewer bytes, where packs are full. Experts: for each
+  // choice a row inside, fp32 and prepared, and one of the model's.
   s.rows_size = m.tokens * std::max(4 * round_up(width, 64) + largest_prepared_row(width),
                                     m.chosen * (4 * round_up(m.expert_width, 16) + largest_prepared_row(m.expert_width)) + largest_prepared_row(width)) + 256;
   s.rows_size += kPacked * round_up(width, kPadK) * 9 / 8;  // and one that is not

@@ -44,7 +44,8 @@ struct Rows {
 inline int64_t packs_of(int64_t tokens) { return (tokens + kPacked - 1) / kPacked; }
 // n <= 0: nothing
 inline void pack(const Matrix& m, const uint8_t* const* x, int64_t n, uint8_t* packed) {
-  for (int64_t t = 0; t < n; t += kPacked, packed += m.product.packed) m.many->pack(m.product, x + t, static_cast<int>(std::min<int64_t>(kPacked, n - t)), packed);
+  for (int64_t t = 0; t < n; t += kPacked, packed += m.product.packed)
+    m.many->pack(m.product, x + t, static_cast<int>(std::min<int64_t>(kPacked, n - t)), packed);
 }
 
 // What meets a matrix: rows x[0] .. x[n - 1] of activations, which may be packed already.
@@ -182,7 +183,8 @@ inline Range clip(Range r, int64_t begin, int64_t end) {
 
 // Of multiply(): of all tokens, these are `first` and those after it
 template <class Emit>
-void multiply_tokens(const Matrix& m, Range panels, const Tokens& tokens, int64_t first, bool many, uint8_t* unpacked, Emit& emit, const uint8_t* then) {
+void multiply_tokens(const Matrix& m, Range panels, const Tokens& tokens, int64_t first, bool many, uint8_t* unpacked, Emit& emit,
+                     const uint8_t* then) {
   alignas(64) float tile[kPanels * kBlock * kPanelRows];
   const int step = many ? kPanels : 1;
   const bool unpack = many && m.many->unpack;

@@ -326,7 +326,8 @@ void CpuDevice::do_expert_pairs(const ExpertPairsArgs& a) {
         Matrix m = down;
         m.data += r.id[e] * stride;
         ask_for(e + 1, panels.begin);
-        multiply(m, panels, {(alone ? own_pair : sorted_inner) + begin, r.first[e + 1] - begin}, unpacked(thread), [&](int64_t row, int rows, int64_t i0, int count, const float* tile) {
+        const Tokens tokens_of = {(alone ? own_pair : sorted_inner) + begin, r.first[e + 1] - begin};
+        multiply(m, panels, tokens_of, unpacked(thread), [&](int64_t row, int rows, int64_t i0, int count, const float* tile) {
           for (int i = 0; i < count; i++) {
             const int32_t pair = r.pair[begin + i0 + i];
             float* y = a.y.f32(a.token.i32()[pair]) + row;
