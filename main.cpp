@@ -665,7 +665,7 @@ int print_plan(const std::string& path, const Options& options, bool json) {
                                                           gib(d.kv).c_str(), gib(d.state).c_str(), gib(d.scratch).c_str(), gib(d.weights + d.kv + d.state + d.scratch).c_str(), gib(d.budget).c_str()));
     if (d.slots) row("", qn::format("%d experts of every layer at a time, the others in memory of the host", d.slots));
   }
-  row("context", qn::format("%d positions, cache %s, passes of %d tokens", o.plan.ctx, o.plan.kv_type.c_str(), o.plan.ubatch));
+  row("context", qn::format("%d positions, cache %s, passes of up to %d tokens", o.plan.ctx, o.plan.kv_type.c_str(), o.plan.ubatch));
   if (o.plan.host)
     row("host", qn::format("experts %s, %s %s", gib(o.plan.host).c_str(), o.plan.pinned ? "pinned in" : "pages of the file, not pinned: there are", gib(o.plan.ram).c_str()) + " of memory");
   row("measured", (o.speeds.gpu > 0 ? qn::format("GPU memory %.0f GB/s, bus %.1f GB/s, ", o.speeds.gpu / 1e9, o.speeds.bus / 1e9) : std::string()) +

@@ -201,7 +201,7 @@ void CpuDevice::do_moe_down(const MoeDownArgs& a) {
       }, then);
     };
     spread(thread, shared.panels(), per_thread, [&](Range panels) {
-      const uint8_t* pack = packed;
+      const uint8_t* of_expert = packed;
       for (int e = 0; e < r.active; e++) {
         const int32_t begin = r.first[e];
         Matrix m = first;
@@ -210,11 +210,11 @@ void CpuDevice::do_moe_down(const MoeDownArgs& a) {
         const uint8_t* then = e + 1 < r.active ? first.data + r.id[e + 1] * stride + panels.begin * m.panel_stride
                                                : shared.data + panels.begin * shared.panel_stride;
         for (int64_t i = 0; i < 2048; i += 64) __builtin_prefetch(then + i);
-        add(m, panels, {sorted + begin, tokens_of(e), packed_bytes(e) ? pack : nullptr}, then, [&](int64_t i) {
+        add(m, panels, {sorted + begin, tokens_of(e), packed_bytes(e) ? of_expert : nullptr}, then, [&](int64_t i) {
           const int32_t pair = r.pair[begin + i];
           return std::pair(pair / chosen, a.weights.f32()[pair]);
         });
-        pack += packed_bytes(e);
+        of_expert += packed_bytes(e);
       }
       add(shared, panels, {xs.x, tokens, xs.packed}, nullptr, [&](int64_t t) { return std::pair(t, a.shared_scale.f32()[t]); });
     });
@@ -326,8 +326,8 @@ void CpuDevice::do_expert_pairs(const ExpertPairsArgs& a) {
         Matrix m = down;
         m.data += r.id[e] * stride;
         ask_for(e + 1, panels.begin);
-        const Tokens tokens_of = {(alone ? own_pair : sorted_inner) + begin, r.first[e + 1] - begin};
-        multiply(m, panels, tokens_of, unpacked(thread), [&](int64_t row, int rows, int64_t i0, int count, const float* tile) {
+        const Tokens rows_of = {(alone ? own_pair : sorted_inner) + begin, r.first[e + 1] - begin};
+        multiply(m, panels, rows_of, unpacked(thread), [&](int64_t row, int rows, int64_t i0, int count, const float* tile) {
           for (int i = 0; i < count; i++) {
             const int32_t pair = r.pair[begin + i0 + i];
             float* y = a.y.f32(a.token.i32()[pair]) + row;
