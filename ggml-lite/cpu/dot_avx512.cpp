@@ -163,7 +163,7 @@ void panel_bytes(const Product& p, const uint8_t* panel, const uint8_t* next, co
       unpack_scales(panel + 32 * group, left < kGroupsAhead ? left : kGroupsAhead, scales);
     }
     const uint8_t* ask = tile + kAsk;
-    if (ask >= end) ask = next ? next + p.tiles_at + (ask - end) : tile;
+    if (ask >= end && next) ask = next + p.tiles_at + (ask - end);
     __m512i quad[2][T];
     QN_UNROLL
     for (int q = 0; q < 8; q += kLines) {
