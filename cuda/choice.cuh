@@ -47,18 +47,19 @@ struct EarlyLogits {  // of a kernel that has not waited yet
 };
 
 // The top `chosen` of E logits, best first, equal ones in order of their index; by one warp. E is a multiple of 4. ids (chosen) and list (32) are
-// in shared memory, list at 16 bytes; false: nothing is chosen, there were too many candidates, or too few that are numbers.
+// in shared memory, list at 16 bytes, and room for the logits (512) too; false: nothing is chosen, there were too many candidates, or too few that are numbers.
 // At least `chosen` lanes have a maximum that is not below the chosen-th largest of the 32 maxima, so the answer is among the logits
 // from there on: hardly ever more than a dozen or two. Each finds its own place by counting those before it.
 // Few instructions: the kernels that call it are over in microseconds, and fetch each of them anew.
 template <class Logit>
-__device__ __forceinline__ bool quick_top(Logit logit, int experts, int chosen, int32_t* ids, Candidate* list) {
+__device__ __forceinline__ bool quick_top(Logit logit, int experts, int chosen, int32_t* ids, Candidate* list, float* room) {
   constexpr int kEach = kQuickExperts / 32;
   const int lane = lane_id();
   float v[kEach], best = -INFINITY;
 #pragma unroll
   for (int i = 0; i < kEach; i += 4) {  // lane l: 32 i + 4 l ..
     const float4 q = 32 * i + 4 * lane < experts ? logit.four(32 * i + 4 * lane) : float4{NAN, NAN, NAN, NAN};  // never among the answer
+    *reinterpret_cast<float4*>(room + 32 * i + 4 * lane) = q;
     v[i] = q.x, v[i + 1] = q.y, v[i + 2] = q.z, v[i + 3] = q.w;
   }
 #pragma unroll
@@ -93,7 +94,7 @@ __device__ __forceinline__ bool quick_top(Logit logit, int experts, int chosen, 
   }
   __syncwarp();
   const int expert = lane < n ? experts_in[lane] : 0;
-  const Candidate own = lane < n ? candidate(logit(expert), expert) : 0;
+  const Candidate own = lane < n ? candidate(room[expert], expert) : 0;
   __syncwarp();
   list[lane] = own;
   __syncwarp();
@@ -124,8 +125,8 @@ __device__ __noinline__ void any_top(Logit logit, int experts, int chosen, int32
 }
 
 template <class Logit>
-__device__ __forceinline__ void top(Logit logit, int experts, int chosen, int32_t* ids, Candidate* list) {
-  if (experts <= kQuickExperts && experts % 4 == 0 && chosen <= 32 && quick_top(logit, experts, chosen, ids, list)) return;
+__device__ __forceinline__ void top(Logit logit, int experts, int chosen, int32_t* ids, Candidate* list, float* room) {
+  if (experts <= kQuickExperts && experts % 4 == 0 && chosen <= 32 && quick_top(logit, experts, chosen, ids, list, room)) return;
   any_top(logit, experts, chosen, ids);
 }
 

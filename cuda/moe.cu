@@ -34,13 +34,14 @@ __global__ void __launch_bounds__(32 * kRouteWarps) moe_route_k(const float* log
                                                                int32_t* ids, float* weights) {
   extern __shared__ int32_t chosen_ids[];  // (warps, K)
   __shared__ __align__(16) Candidate list[kRouteWarps][32];
+  __shared__ __align__(16) float room[kRouteWarps][kQuickExperts];
   let_next_start();
   wait_for_previous();
   const int t = static_cast<int>(blockIdx.x) * kRouteWarps + warp_id();
   if (t >= tokens) return;
   int32_t* mine = chosen_ids + warp_id() * chosen;
   logits += static_cast<int64_t>(t) * experts;
-  top(Logits{logits}, experts, chosen, mine, list[warp_id()]);
+  top(Logits{logits}, experts, chosen, mine, list[warp_id()], room[warp_id()]);
   const int64_t out = static_cast<int64_t>(t) * chosen;
   store_choice(logits, experts, chosen, renormalise, mine, ids + out, weights + out);
 }
@@ -199,6 +200,8 @@ __global__ void __launch_bounds__(kMaxTeams * kTeam * 32, 1) moe_gate_up_few_k(c
     for (int i = static_cast<int>(threadIdx.x); i < (a.experts + 31) / 32; i += static_cast<int>(blockDim.x)) used[i] = 0;
     __syncthreads();
   }
+  uint8_t* rooms = shared + a.at.slabs + warp * kRooms * S::kBytes;  // of the warp's pieces; until they are asked for, of the logits it chooses by
+  static_assert(kRooms * S::kBytes >= kQuickExperts * 4);
   wait_for_previous();
 
   const int rounding = warps > a.tokens ? a.tokens : 0;  // the first warp that has time for x
@@ -206,7 +209,8 @@ __global__ void __launch_bounds__(kMaxTeams * kTeam * 32, 1) moe_gate_up_few_k(c
   rounded.load(a, shared, rounding);
 #pragma unroll 1
   for (int t = warp; t < a.tokens; t += warps) {
-    top(Logits{a.logits + t * a.experts}, a.experts, a.chosen, ids + t * a.chosen, reinterpret_cast<Candidate*>(shared + a.at.list) + t * 32);
+    top(Logits{a.logits + t * a.experts}, a.experts, a.chosen, ids + t * a.chosen, reinterpret_cast<Candidate*>(shared + a.at.list) + t * 32,
+        reinterpret_cast<float*>(rooms));
     if (lists)
 #pragma unroll 1
       for (int j = lane; j < a.chosen; j += 32)
@@ -221,7 +225,6 @@ __global__ void __launch_bounds__(kMaxTeams * kTeam * 32, 1) moe_gate_up_few_k(c
     __syncthreads();
   }
 
-  uint8_t* rooms = shared + a.at.slabs + warp * kRooms * S::kBytes;
   // Pieces of a panel: the warp's first one, and the one of its own behind s
   const int first = part * kRooms;
   auto behind = [](int s) { return (s + 1) % kRooms == 0 ? s + 1 + (kTeam - 1) * kRooms : s + 1; };
