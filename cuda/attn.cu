@@ -6,7 +6,7 @@
 //           chunks begin depends on the position alone (64 keys each up to 8192, then 64 chunks for every doubling), and a row
 //           combines the chunks up to its own position in a fixed order: its bits depend neither on how many tokens
 //           the call has nor on which block computed what.
-//   block   one per multiprocessor, bound to one key head. It takes that head's chunks from the last one down, large ones first:
+//   block   one per multiprocessor, or two (two_blocks()), bound to one key head. It takes that head's chunks from the last one down, large ones first:
 //           the first by its rank, the others by a counter, when it begins to load the last tile of the one before. So all blocks
 //           end within about a tile of each other.
 //   tile    64 keys: 32 KB of K (16 of codes), then as much of V, through a ring of slots that cp.async fills as far ahead as there are slots.
@@ -96,6 +96,11 @@ struct Planes {
         k_scales(a.k_scales + head * a.k_scales_stride), v_scales(a.v_scales + head * a.v_scales_stride) {}
 };
 
+// Codes of one token: two blocks on a multiprocessor. What they wait for takes as long as with BF16 and there are half as many bytes, so one alone reads
+// 2.6 TB/s of an H200's 4.3, two 3.0.
+template <class Cache>
+constexpr bool two_blocks(int tiles) { return Cache::kCodes && tiles == 1; }
+
 struct Few {
   float* gated;        // (T, H*DH) or null: o * sigmoid(gate) as well
   float* part;         // (chunks, tokens, H, DH)
@@ -104,6 +109,7 @@ struct Few {
   int first, tokens;   // the tokens of this launch
   int chunks;          // of the whole cache
   int slots;           // of the ring, 2..Cache::kSlots
+  int alone;           // blocks of a head that have a multiprocessor for themselves; the others leave where these have a chunk each, at most
 };
 
 // Shared memory: slots of the ring | A tiles of q | new k, new v (tokens, row) | rows while q is made, then p and reductions | queue
@@ -420,7 +426,7 @@ __device__ __forceinline__ void store_part(const Attn& a, const Few& f, int head
 // ---- the results of all chunks ----------------------------------------------------------------------------------------
 //
 // Blocks of a head meet when all have stored their parts; then each combines some of the outputs. They can wait for each other: a grid of more
-// than one block for each head is no larger than the device has multiprocessors, each of which has room for one; a kernel that starts early
+// than one block for each head is no larger than the multiprocessors have room for, one block each or two_blocks(); a kernel that starts early
 // starts when all of these have, and those before wait for nothing later. That holds on a GPU whose time slices this process has to itself:
 // not beside a kernel of this kind on another stream of the same context, or another process under MPS. One device object has one stream.
 //
@@ -525,11 +531,12 @@ __device__ __forceinline__ void combine(const Attn& a, const Few& f, int head, i
 
 // Grid: HK x blocks per head. Tiles: at least tokens * ceil(G/8).
 template <int Tiles, class Cache>
-__global__ __launch_bounds__(kThreads, 1) void attn_few_k(const Attn a, const Few f) {
+__global__ __launch_bounds__(kThreads, two_blocks<Cache>(Tiles) ? 2 : 1) void attn_few_k(const Attn a, const Few f) {
   extern __shared__ __align__(128) uint8_t shared[];
   const int warp = static_cast<int>(threadIdx.x >> 5), lane = static_cast<int>(threadIdx.x & 31), g = lane >> 2, t2 = 2 * (lane & 3);
   const int head = static_cast<int>(blockIdx.x) % a.kv_heads, rank = static_cast<int>(blockIdx.x) / a.kv_heads;
-  const int blocks = static_cast<int>(gridDim.x) / a.kv_heads, group = a.heads / a.kv_heads, per_token = (group + 7) / 8;
+  int blocks = static_cast<int>(gridDim.x) / a.kv_heads;
+  const int group = a.heads / a.kv_heads, per_token = (group + 7) / 8;
   const int tiles = f.tokens * per_token;
   uint8_t* after = shared + f.slots * Cache::kSlotBytes;
   uint4* query = reinterpret_cast<uint4*>(after);
@@ -542,6 +549,10 @@ __global__ __launch_bounds__(kThreads, 1) void attn_few_k(const Attn a, const Fe
   if (threadIdx.x < 3) prefetch_l2(threadIdx.x == 0 ? a.qgkv : threadIdx.x == 1 ? f.part : reinterpret_cast<const float*>(a.step));
   wait_for_previous();
   const int pos = a.start() + f.first, end = pos + f.tokens, last = chunk_of(end - 1);
+  if (two_blocks<Cache>(Tiles) && last < f.alone && blocks > f.alone) {
+    blocks = f.alone;
+    if (rank >= blocks) return;
+  }
   const Planes<Cache> cache(a, head);
   __syncthreads();
 
@@ -789,12 +800,15 @@ bool few(const Context& ctx, Attn a, bool gates) {
   f.part = s.take<float>(static_cast<int64_t>(f.chunks) * a.tokens * a.heads * kWidth);
   f.stats = s.take<float2>(static_cast<int64_t>(f.chunks) * a.tokens * a.heads);
   f.counters = ctx.counters;
-  const int blocks = std::min(std::max(ctx.sms / a.kv_heads, 1), f.chunks);
   for (f.first = 0; f.first < a.tokens; f.first += at_once) {
     f.tokens = std::min(at_once, a.tokens - f.first);
     const int tiles = f.tokens * per_token;
+    const bool two = two_blocks<Cache>(tiles);
+    const size_t room = two ? (ctx.shared_max - 1024) / 2 : ctx.shared_max;  // 1 KB of each block is the system's
+    f.alone = std::max(ctx.sms / a.kv_heads, 1);
+    const int blocks = std::min(two ? 2 * f.alone : f.alone, f.chunks);
     f.slots = Cache::kSlots;
-    while (few_bytes<Cache>(f.slots, tiles, f.tokens) > ctx.shared_max) f.slots--;
+    while (few_bytes<Cache>(f.slots, tiles, f.tokens) > room) f.slots--;
     const size_t bytes = few_bytes<Cache>(f.slots, tiles, f.tokens);
     const dim3 grid(static_cast<unsigned>(blocks * a.kv_heads));
     if (tiles == 1) launch(ctx, "attention", attn_few_k<1, Cache>, grid, kThreads, bytes, a, f);
