@@ -18,8 +18,8 @@
 //
 // INT8 weights with BF16 activations: to make BF16 numbers of the codes takes more instructions than there is time for. So the products are of
 // fp16 numbers, 1024 + c (cuda/unpack.cuh) times x as BF16 rounds it and a power of two per token and 128 values makes it fit: its largest is
-// from 2^14 on, what is 2^25 times smaller is still exact, and less than that loses 2^-39 of the largest. What 1152 times the sum of x
-// leaves of the result is some thirtieth of it, in fp32.
+// from 2^14 on, what is 2^25 times smaller is still exact, and less than that loses 2^-39 of the largest. Tensor
+// cores take -1152 times the sum of x as well, in chains of their own; what that leaves of the result is some thirtieth of it, in fp32.
 //
 // Rows that must see unrounded activations (router, gates of heads) are extra tasks behind the panels: 8 rows through the same slots, fp32
 // products with fp32 activations.
@@ -72,7 +72,7 @@ struct Matvec {
   bool keep = false;       // x unrounded, too
   int signal = 0;          // of one task for each block: chunks to ask for before the next kernel may start
   int slots = 0, chunks = 0, exact_chunks = 0;  // chunks: of a panel, of exact rows
-  int barriers = 0, x = 0, x_scale = 0, x_sum = 0, x_exact = 0, partial = 0, squares = 0, inverse = 0, bytes = 0;  // offsets in shared memory
+  int barriers = 0, x = 0, x_scale = 0, x_exact = 0, partial = 0, squares = 0, inverse = 0, bytes = 0;  // offsets in shared memory
 };
 
 // Where things lie in shared memory. The sizes grow with T; `bytes` is their end.
@@ -88,7 +88,6 @@ void lay_out(Matvec& m, DType w, Act act, int tokens, int slots, bool bulk) {
   m.barriers = take(2 * kMaxSlots * sizeof(Barrier));  // full and empty
   m.x = take(int64_t{tokens} * x_stride(w, m.in.k) * 2);
   m.x_scale = take(act == Act::INT8 || as_half(w, act) ? int64_t{tokens} * groups * 4 : 0);
-  m.x_sum = take(as_half(w, act) ? int64_t{tokens} * groups * 16 : 0);
   m.x_exact = take(m.keep ? int64_t{tokens} * m.in.k * 4 : 0);
   m.partial = take(int64_t{2} * kWarps * tokens * kPanelRows * 4);
   m.squares = take(std::max<int64_t>({int64_t{tokens} * m.in.spans * m.in.pieces, 16 * kNormsAtOnce, int64_t{tokens} * groups}) * 4);
@@ -180,11 +179,10 @@ __device__ __forceinline__ void flush(float (&total)[4], float (&sum)[4], float 
 }
 
 // total += one unit. unit: of BF16 from the lane's 16 bytes of row g on, of tiles the first one; scales: those of the unit. x: what the
-// lane reads of its token g from the first k of the unit on, valid where `live`; x_scale: of the unit's k for tokens 2t and 2t+1; x_sum: of
-// 32 k each, of these tokens, for as_half().
+// lane reads of its token g from the first k of the unit on, valid where `live`; x_scale: of the unit's k for tokens 2t and 2t+1.
 template <DType W, Act A>
 __device__ __forceinline__ void multiply(float (&total)[4], const uint8_t* unit, const uint16_t* scales, const uint16_t* x, bool live, float2 x_scale,
-                                         const float4 (&x_sum)[2], int shift) {
+                                         int shift) {
   const int lane = static_cast<int>(threadIdx.x) % 32, g = lane / 4, t = lane % 4;
   auto weights = [&](int i) {
     if (W == DType::BF16) return *reinterpret_cast<const uint4*>(unit + i / 2 * 64 + i % 2 * 8 * kRowPitch);
@@ -212,24 +210,26 @@ __device__ __forceinline__ void multiply(float (&total)[4], const uint8_t* unit,
       flush<A>(total, sum, half_bits_to_float(s[0]), half_bits_to_float(s[8]), x_scale);
     };
     if constexpr (as_half(W, A)) {
-      const float s0[4] = {x_sum[0].x, x_sum[0].y, x_sum[0].z, x_sum[0].w}, s1[4] = {x_sum[1].x, x_sum[1].y, x_sum[1].z, x_sum[1].w};
-      float more[4] = {}, of0 = 0, of1 = 0;  // a second chain, so that an instruction need not wait for the one before
+      float more[4] = {}, less[2][4] = {};  // chains of their own, so that an instruction need not wait for the one before
+      const uint32_t lowered[4] = {kLowered, kLowered, kLowered, kLowered};
 #pragma unroll
       for (int i = 0; i < 4; i++) {
         const uint4 v = weights(i), b = tokens(i * 32);
         int8_raised_fragment<0>(v, a);
         mma_16816_half(sum, a, b.x, b.y);
+        mma_16816_half(less[0], lowered, b.x, b.y);
         int8_raised_fragment<1>(v, a);
         mma_16816_half(more, a, b.z, b.w);
-        of0 += s0[i], of1 += s1[i];
+        mma_16816_half(less[1], lowered, b.z, b.w);
         if ((i + 1) * 32 & ((1 << shift) - 1)) continue;
         const uint16_t* s = scales + (((i + 1) * 32 >> shift) - 1) * kPanelRows + g;
         const float lo = half_bits_to_float(s[0]), hi = half_bits_to_float(s[8]);
-        total[0] = fmaf(lo, x_scale.x * ((sum[0] - of0) + more[0]), total[0]), total[1] = fmaf(lo, x_scale.y * ((sum[1] - of1) + more[1]), total[1]);
-        total[2] = fmaf(hi, x_scale.x * ((sum[2] - of0) + more[2]), total[2]), total[3] = fmaf(hi, x_scale.y * ((sum[3] - of1) + more[3]), total[3]);
 #pragma unroll
-        for (int j = 0; j < 4; j++) sum[j] = more[j] = 0;
-        of0 = of1 = 0;
+        for (int j = 0; j < 4; j++) {
+          const float codes = (sum[j] + less[0][j]) + (more[j] + less[1][j]);
+          total[j] = fmaf(j < 2 ? lo : hi, (j % 2 ? x_scale.y : x_scale.x) * codes, total[j]);
+          sum[j] = more[j] = less[0][j] = less[1][j] = 0;
+        }
       }
     } else if constexpr (W == DType::INT8) {
 #pragma unroll
@@ -296,10 +296,6 @@ __device__ __forceinline__ void prologue(const Matvec& m, const float4 (&norm)[k
       const float up = __uint_as_float((268 - e) << 23);         // 2^(14 - (e - 127))
       v = {v.x * up, v.y * up, v.z * up, v.w * up};
       *reinterpret_cast<uint2*>(to + k) = {pack_half(v.x, v.y), pack_half(v.z, v.w)};
-      float s = (v.x + v.y) + (v.z + v.w);  // of 32 values: 8 lanes
-#pragma unroll
-      for (int i = 1; i < 8; i *= 2) s += __shfl_xor_sync(0xffffffffu, s, i);
-      if (threadIdx.x % 8 == 0) reinterpret_cast<float*>(shared + m.x_sum)[(t * groups * 128 + k) / 32] = kRaised * s;
       if (threadIdx.x % 32 == 0) x_scale[t * groups + k / 128] = __uint_as_float((e - 14) << 23);
       return;
     }
@@ -312,7 +308,7 @@ __device__ __forceinline__ void prologue(const Matvec& m, const float4 (&norm)[k
     }
   };
   float* squares = reinterpret_cast<float*>(shared + m.squares);
-  if constexpr (Quick) quick_quads<One, One || W != DType::INT8>(m.in, norm, squares, sink);  // INT8: much code and few registers
+  if constexpr (Quick) quick_quads<One>(m.in, norm, squares, sink);
   else for_each_quad(m.in, squares, reinterpret_cast<float*>(shared + m.inverse), sink);
 }
 static_assert(int4_position(6) == int4_position(4) + 1 && int4_position(5) == int4_position(4) + 4 && int4_position(7) == int4_position(4) + 5);
@@ -387,7 +383,7 @@ __global__ void __launch_bounds__(kThreads, 2) matvec_k(const __grid_constant__ 
   const int tid = static_cast<int>(threadIdx.x), lane = tid % 32, g = lane / 4, t = lane % 4, tokens = One ? 1 : m.in.tokens;
   const int k_all = m.in.k, groups = (k_all + 127) / 128, size = tokens * kPanelRows;
   const uint16_t* x = reinterpret_cast<const uint16_t*>(shared + m.x) + g * x_stride(W, k_all) + (W == DType::INT4 ? 16 : 8) * t;
-  const float *x_scale = reinterpret_cast<const float*>(shared + m.x_scale), *x_sum = reinterpret_cast<const float*>(shared + m.x_sum);
+  const float *x_scale = reinterpret_cast<const float*>(shared + m.x_scale);
   float* partial = reinterpret_cast<float*>(shared + m.partial);  // (2, warps, T, 16): while one half is summed the other is written
   const bool swiglu = m.store == Store::SwiGLU;
   const int per_token = swiglu ? kPanelRows / 2 : kPanelRows, row = tid % per_token, out = tid / per_token;  // of the thread: row and token
@@ -418,17 +414,14 @@ __global__ void __launch_bounds__(kThreads, 2) matvec_k(const __grid_constant__ 
 #pragma unroll 1
       for (int u = slice(units, warp); u < end; u++) {
         float2 scale{};
-        float4 sums[2] = {};
         const int k = c * chunk_k(W) + u * unit_k(W), group = k / 128;
 #pragma unroll
         for (int i = 0; i < 2; i++) {
-          if (2 * t + i >= tokens) continue;
-          if (A == Act::INT8 || as_half(W, A)) (i ? scale.y : scale.x) = x_scale[(2 * t + i) * groups + group];
-          if (as_half(W, A)) sums[i] = load4(x_sum + ((2 * t + i) * groups + group) * 4);
+          if ((A == Act::INT8 || as_half(W, A)) && 2 * t + i < tokens) (i ? scale.y : scale.x) = x_scale[(2 * t + i) * groups + group];
         }
         const uint8_t* unit = slot + (W == DType::BF16 ? g * kRowPitch + t * 16 + u * 128 : u * unit_loads(W) * kTileBytes);
         const uint16_t* scales = reinterpret_cast<const uint16_t*>(slot + tile_bytes(W)) + u * (128 >> m.shift) * kPanelRows;
-        multiply<W, A>(total, unit, scales, x + k, g < tokens, scale, sums, m.shift);
+        multiply<W, A>(total, unit, scales, x + k, g < tokens, scale, m.shift);
       }
       __syncwarp();
       if (lane == 0) arrive(empty + at.slot);

@@ -199,26 +199,19 @@ __device__ __forceinline__ float4 scaled(float4 v, float r, float4 norm) {  // v
   return {v.x * (r * norm.x), v.y * (r * norm.y), v.z * (r * norm.z), v.w * (r * norm.w)};
 }
 
-// sink(first + i, k, value(i, c)) for all quads of AtOnce tokens. Straight: else a loop over the tokens, whose values move up.
-template <bool Straight, int AtOnce, int Quads, class Value, class Move, class Sink>
-__device__ __forceinline__ void hand_over(const Input& in, int first, Value value, Move move, Sink sink) {
-  auto token = [&](int i, int from) {
+// sink(first + i, k, value(i, c)) for all quads of AtOnce tokens
+template <int AtOnce, int Quads, class Value, class Sink>
+__device__ __forceinline__ void hand_over(const Input& in, int first, Value value, Sink sink) {
 #pragma unroll
-    for (int c = 0; c < Quads; c++)
-      if (has_quad(in, c)) sink(first + i, 1024 * c + 4 * static_cast<int>(threadIdx.x), value(from, c));
-  };
-  if constexpr (Straight) {
+  for (int i = 0; i < AtOnce; i++)
+    if (first + i < in.tokens)
 #pragma unroll
-    for (int i = 0; i < AtOnce; i++)
-      if (first + i < in.tokens) token(i, i);
-  } else {
-#pragma unroll 1  // the code would be large
-    for (int i = 0; i < AtOnce && first + i < in.tokens; i++) token(i, 0), move();
-  }
+      for (int c = 0; c < Quads; c++)
+        if (has_quad(in, c)) sink(first + i, 1024 * c + 4 * static_cast<int>(threadIdx.x), value(i, c));
 }
 
 // squares: room for 8 values, of several tokens for 2 * 8 * kNormsAtOnce; at 16 bytes
-template <bool One, bool Straight, class Sink>
+template <bool One, class Sink>
 __device__ __forceinline__ void norm_quads(const Input& in, const float4 (&norm)[kNormQuads], float* squares, Sink sink) {
   constexpr int kAtOnce = One ? 1 : kNormsAtOnce;
   const int lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32;
@@ -246,21 +239,15 @@ __device__ __forceinline__ void norm_quads(const Input& in, const float4 (&norm)
         r[i] = rsqrtf(fmaf(((((((a.x + a.y) + a.z) + a.w) + b.x) + b.y) + b.z) + b.w, in.inverse_k, in.eps));
       }
     }
-    hand_over<Straight, kAtOnce, kNormQuads>(
-        in, first, [&](int i, int c) { return scaled(v[i][c], r[i], norm[c]); },
-        [&] {
-#pragma unroll
-          for (int j = 1; j < kAtOnce; j++) v[j - 1][0] = v[j][0], v[j - 1][1] = v[j][1], r[j - 1] = r[j];
-        },
-        sink);
+    hand_over<kAtOnce, kNormQuads>(in, first, [&](int i, int c) { return scaled(v[i][c], r[i], norm[c]); }, sink);
   }
 }
 
 // 1 / rms of heads of 128 comes from the parts of their squares, if there are any; of several tokens each thread adds up one head's, at most
 // 8 * 32, in the order of the butterfly of one token. inverse: room for T * K / 128.
-template <bool One, bool Straight, class Sink>
+template <bool One, class Sink>
 __device__ __forceinline__ void gated_quads(const Input& in, float* inverse, Sink sink) {
-  constexpr int kAtOnce = One ? 1 : Straight ? 4 : 2;
+  constexpr int kAtOnce = One ? 1 : 4;
   static_assert(Gated::kParts == 16 && kFewTokens * kGatedQuads * 1024 / 128 <= kMatvecThreads);
   const int tid = static_cast<int>(threadIdx.x), lane = tid % 32, warp = tid / 32, heads = in.k / 128;
 #pragma unroll 1
@@ -292,25 +279,16 @@ __device__ __forceinline__ void gated_quads(const Input& in, float* inverse, Sin
       }
       sync_matvec();
     }
-    int token = first;  // of v[0]
-    hand_over<Straight, kAtOnce, kGatedQuads>(
-        in, first, [&](int i, int c) { return scaled(v[i][c], One || !in.b ? r[c] : inverse[(token + i) * heads + 8 * c + warp]); },
-        [&] {
-          token++;
-#pragma unroll
-          for (int j = 1; j < kAtOnce; j++)
-#pragma unroll
-            for (int c = 0; c < kGatedQuads; c++) v[j - 1][c] = v[j][c];
-        },
-        sink);
+    hand_over<kAtOnce, kGatedQuads>(
+        in, first, [&](int i, int c) { return scaled(v[i][c], One || !in.b ? r[c] : inverse[(first + i) * heads + 8 * c + warp]); }, sink);
   }
 }
 
 // As for_each_quad. One: of one token, which then is no loop. room: what norm_quads() and gated_quads() ask for.
-template <bool One, bool Straight, class Sink>
+template <bool One, class Sink>
 __device__ __forceinline__ void quick_quads(const Input& in, const float4 (&norm)[kNormQuads], float* room, Sink sink) {
-  if (in.mix == Mix::Gated) gated_quads<One, Straight>(in, room, sink);
-  else norm_quads<One, Straight>(in, norm, room, sink);
+  if (in.mix == Mix::Gated) gated_quads<One>(in, room, sink);
+  else norm_quads<One>(in, norm, room, sink);
 }
 
 // INT8 rounding of the 128 values that a warp holds, as core/codec.cpp defines it: x becomes codes, the scale is returned.

@@ -32,7 +32,7 @@ __global__ void __launch_bounds__(kThreads) matvec_input_k(Input in, Act act, fl
     }
     if (k < in.k) *reinterpret_cast<float4*>(rounded + token * in.k + k) = v;
   };
-  if (in.quick) quick_quads<true, true>(in, norm, sums, sink);
+  if (in.quick) quick_quads<true>(in, norm, sums, sink);
   else for_each_quad(in, sums, sums + in.spans * in.pieces, sink);
 }
 

@@ -66,7 +66,7 @@ __device__ __forceinline__ void int8_fragment(const uint4& v, uint32_t (&a)[4]) 
 
 // The same codes as fp16 numbers 1024 + c, exact, with one instruction each: 0x64 before a byte. Who multiplies with them takes 1152 times
 // the sum of x from the result.
-constexpr float kRaised = 1024 + 128;
+constexpr uint32_t kLowered = 0xe480e480u;  // -1152 twice
 template <int Step>
 __device__ __forceinline__ void int8_raised_fragment(const uint4& v, uint32_t (&a)[4]) {
   const uint32_t lo = Step == 0 ? v.x : v.y, hi = Step == 0 ? v.z : v.w;
