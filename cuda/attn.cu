@@ -426,7 +426,7 @@ __device__ __forceinline__ void store_part(const Attn& a, const Few& f, int head
 // ---- the results of all chunks ----------------------------------------------------------------------------------------
 //
 // Blocks of a head meet when all have stored their parts; then each combines some of the outputs. They can wait for each other: a grid of more
-// than one block for each head is no larger than the multiprocessors have room for, one block each or two_blocks(); a kernel that starts early
+// than one block for each head is no larger than the multiprocessors have room for, one block each, or two where the driver says so; a kernel that starts early
 // starts when all of these have, and those before wait for nothing later. That holds on a GPU whose time slices this process has to itself:
 // not beside a kernel of this kind on another stream of the same context, or another process under MPS. One device object has one stream.
 //
@@ -463,7 +463,10 @@ __device__ __forceinline__ void combine(const Attn& a, const Few& f, int head, i
   const int group = a.heads / a.kv_heads, half = static_cast<int>(threadIdx.x) / kHalf, tid = static_cast<int>(threadIdx.x) % kHalf;
   const int column = tid & 15, run = tid >> 4;
   Combine& s = of_halves[half];
-  const auto sync = [&] { asm volatile("bar.sync %0, %1;" ::"r"(half + 1), "n"(kHalf) : "memory"); };  // of this half
+  const auto sync = [&] {  // of this half; literal numbers, for a kernel with a number in a register is taken to need all 16
+    if (half) asm volatile("bar.sync 2, %0;" ::"n"(kHalf) : "memory");
+    else asm volatile("bar.sync 1, %0;" ::"n"(kHalf) : "memory");
+  };
 #pragma unroll 1
   for (int turn = rank + half * blocks; turn < f.tokens * group * 4; turn += 2 * blocks) {
     const int t = turn / (group * 4), h = head * group + turn / 4 % group, dim = turn % 4 * 64 + column * 4;
@@ -778,12 +781,21 @@ void exact(const Context& ctx, const Attn& a) {
   else launch(ctx, "attention", attn_exact_k<Stored, 32>, grid, 256, bytes, a);
 }
 
-// How many A tiles a launch can take on this device, leaving room for two slots
+// How many A tiles a launch can take on this device, leaving room for two slots, of a block that has a multiprocessor for itself
 template <class Cache>
 int few_tiles(const Context& ctx) {
   int tiles = kTilesMax;
   while (tiles > 0 && few_bytes<Cache>(2, tiles, std::min(tiles, kFewTokens)) > ctx.shared_max) tiles--;
   return tiles;
+}
+
+// Blocks of a kernel that a multiprocessor has room for
+template <class Kernel>
+int blocks_at_once(Kernel kernel, size_t bytes) {
+  int blocks = 0;
+  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes)), "attention");
+  check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel, kThreads, bytes), "attention");
+  return blocks;
 }
 
 // Tokens that do not fit at once follow in a second launch. False: none fits.
@@ -803,12 +815,17 @@ bool few(const Context& ctx, Attn a, bool gates) {
   for (f.first = 0; f.first < a.tokens; f.first += at_once) {
     f.tokens = std::min(at_once, a.tokens - f.first);
     const int tiles = f.tokens * per_token;
-    const bool two = two_blocks<Cache>(tiles);
-    const size_t room = two ? (ctx.shared_max - 1024) / 2 : ctx.shared_max;  // 1 KB of each block is the system's
     f.alone = std::max(ctx.sms / a.kv_heads, 1);
+    const auto slots_in = [&](size_t room) {
+      int slots = Cache::kSlots;
+      while (slots > 0 && few_bytes<Cache>(slots, tiles, f.tokens) > room) slots--;
+      return slots;
+    };
+    f.slots = slots_in((ctx.shared_max - 1024) / 2);  // 1 KB of each block is the system's
+    const bool two = two_blocks<Cache>(tiles) && f.slots >= 2 && a.kv_heads <= ctx.sms &&
+                     blocks_at_once(attn_few_k<1, Cache>, few_bytes<Cache>(f.slots, tiles, f.tokens)) >= 2;
+    if (!two) f.slots = slots_in(ctx.shared_max);
     const int blocks = std::min(two ? 2 * f.alone : f.alone, f.chunks);
-    f.slots = Cache::kSlots;
-    while (few_bytes<Cache>(f.slots, tiles, f.tokens) > room) f.slots--;
     const size_t bytes = few_bytes<Cache>(f.slots, tiles, f.tokens);
     const dim3 grid(static_cast<unsigned>(blocks * a.kv_heads));
     if (tiles == 1) launch(ctx, "attention", attn_few_k<1, Cache>, grid, kThreads, bytes, a, f);

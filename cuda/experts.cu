@@ -63,7 +63,7 @@ __device__ __forceinline__ int oldest_slot(const ExpertHome& home, int64_t befor
 __global__ void __launch_bounds__(kThreads) place_experts_k(const Place a) {
   extern __shared__ int32_t memory[];
   __shared__ __align__(16) Candidate list[kPlacedTokens][32];
-  __shared__ __align__(16) float room[kThreads / 32][kQuickExperts];
+  __shared__ __align__(16) float room[kPlacedTokens][kQuickExperts];
   __shared__ int64_t scratch[kThreads / 32 + 1];
   __shared__ int hit_count, miss_count, pair_count;
   const int tid = static_cast<int>(threadIdx.x), lane = lane_id(), warp = warp_id(), n = a.tokens * a.chosen;
@@ -74,7 +74,7 @@ __global__ void __launch_bounds__(kThreads) place_experts_k(const Place a) {
   wait_for_previous();
   for (int t = warp; t < a.tokens; t += kThreads / 32) {
     const float* logits = a.logits + static_cast<int64_t>(t) * a.experts;
-    top(Logits{logits}, a.experts, a.chosen, ids + t * a.chosen, list[t], room[warp]);
+    top(Logits{logits}, a.experts, a.chosen, ids + t * a.chosen, list[t], room[t]);
     store_choice(logits, a.experts, a.chosen, a.renormalise, ids + t * a.chosen, a.ids + t * a.chosen, a.weights + t * a.chosen);
   }
   if (tid == 0) pair_count = 0;
@@ -171,7 +171,7 @@ struct Likely {
 __global__ void __launch_bounds__(256) likely_experts_k(const Likely a) {
   extern __shared__ int32_t memory[];
   __shared__ __align__(16) Candidate list[kPlacedTokens][32];
-  __shared__ __align__(16) float room[8][kQuickExperts];
+  __shared__ __align__(16) float room[kPlacedTokens][kQuickExperts];
   __shared__ bool last;
   const int lane = lane_id(), warp = warp_id(), expert = static_cast<int>(blockIdx.x) * 8 + warp, n = a.tokens * a.chosen;
   if (!a.beside) wait_for_previous();
@@ -203,7 +203,7 @@ __global__ void __launch_bounds__(256) likely_experts_k(const Likely a) {
   __syncthreads();
   if (last) {
     int32_t *ids = memory, *missing = memory + n;
-    for (int t = warp; t < a.tokens; t += 8) top(EarlyLogits{a.logits + t * a.experts}, a.experts, a.chosen, ids + t * a.chosen, list[t], room[warp]);
+    for (int t = warp; t < a.tokens; t += 8) top(EarlyLogits{a.logits + t * a.experts}, a.experts, a.chosen, ids + t * a.chosen, list[t], room[t]);
     __syncthreads();
     if (warp == 0) {
       int misses = 0;

@@ -1,9 +1,9 @@
 // Down of few tokens: the routed experts, the shared expert and the sum. A block takes a panel of the output (16 rows); columns of the products
-// are choices. A choice warp does the first choice of an expert and all others of that expert with it, two more warps do the shared expert, whose
+// are choices (of one token's kernel, all the same one). A choice warp does the first choice of an expert and all others of that expert with it, two more warps do the shared expert, whose
 // weights are known before the kernel ahead has ended. Results are added in the order choice 0, 1, ..., shared expert.
 //
 //   moe_down_quick_k   INT4 g128, all activations BF16, F = 512: the panel of an expert is one slab and comes in one piece. 1 to 8 tokens.
-//   moe_down_one_k     the same for one token, where all experts are here
+//   moe_down_one_k     the same for one token whose experts are all here, behind gate_up
 //   moe_down_few_k     anything else: slabs copied by their warps, see moe.cu
 //
 // What the quick one must know to ask for weights are the ids, and gate_up, the kernel before, writes them at its end only. So it chooses once
@@ -257,17 +257,18 @@ __global__ void __launch_bounds__((kMaxChoiceWarps + kMaxSharedWarps) * 32, 1) m
 
 // ---- INT4 g128, F = 512 ---------------------------------------------------------------------------------------------------
 
-constexpr int kRooms = 2;                     // of a warp, each for a slab and a row to multiply it with
+constexpr int kMostAtOnce = 2;                // slabs that a warp has room for
 constexpr int kMaxChoices = kFewTokens * 16;  // of all tokens, one for each thread of the fewest choice warps
 static_assert(kMaxChoices <= kFewTokens * kPanelRows);
 using QuickSlab = Slab<DType::INT4, true>;
+constexpr int kQuickPitch = QuickSlab::kWidth + QuickSlab::kPad;
 
 struct QuickDown {
   Down down;             // its offsets too
   const float* logits;   // (T, E) or null: the ids are to be read
-  const uint16_t* rounded;  // rounded_inner()
-  int experts, rooms;
-  int x, weights, ids, order, list;  // offsets: (rooms, F) BF16, (rooms), (T*K), (T*K), (T, 32) Candidate; slabs lie at 0
+  const uint16_t* rounded;  // rounded_inner(), or null: inner is to be rounded
+  int experts, at_once;
+  int x, weights, ids, order, list;  // offsets: (T*K, kQuickPitch) BF16, (T*K), (T*K), (T*K), (T, 32) Candidate; slabs lie at 0
 };
 
 constexpr int kBounds = 1024;  // 64 registers a thread: blocks of gate_up and of what comes behind have room on the same multiprocessor
@@ -276,7 +277,7 @@ template <DType Shared>
 __global__ void __launch_bounds__(kBounds, 1) moe_down_quick_k(const __grid_constant__ QuickDown q) {
   using S = QuickSlab;
   extern __shared__ __align__(16) uint8_t shared[];
-  __shared__ Barrier full[kMaxChoiceWarps * kRooms];  // of the warps' slabs
+  __shared__ Barrier full[kMaxChoiceWarps * kMostAtOnce];  // of the warps' slabs
   const Down& a = q.down;
   const int tid = static_cast<int>(threadIdx.x), lane = lane_id(), warp = warp_id(), panel = static_cast<int>(blockIdx.x);
   float* choices = reinterpret_cast<float*>(shared + a.results);        // (T*K, 16)
@@ -291,15 +292,16 @@ __global__ void __launch_bounds__(kBounds, 1) moe_down_quick_k(const __grid_cons
   const int threads = a.choice_warps * 32;
   auto sync = [&] { asm volatile("bar.sync 1, %0;" ::"r"(threads) : "memory"); };  // of the choice warps
   int32_t *ids = reinterpret_cast<int32_t*>(shared + q.ids), *order = reinterpret_cast<int32_t*>(shared + q.order);
-  if (lane < kRooms) init_barrier(full + warp * kRooms + lane, kFillArrivals), publish_barriers();
-  if (tid < 4) prefetch_l2(tid == 0 ? a.weights : tid == 1 ? reinterpret_cast<const float*>(q.rounded) : tid == 2 ? a.h : reinterpret_cast<const float*>(a.ids));
+  float* weights = reinterpret_cast<float*>(shared + q.weights);
+  if (lane < q.at_once) init_barrier(full + warp * q.at_once + lane, kFillArrivals), publish_barriers();
+  if (tid < 4) prefetch_l2(tid == 0 ? a.weights : tid == 1 ? a.inner : tid == 2 ? a.h : reinterpret_cast<const float*>(a.ids));
   const bool early = q.logits;
   if (!early) wait_for_previous();
   if (early) {
 #pragma unroll 1
     for (int t = warp; t < a.tokens; t += a.choice_warps)
       top(EarlyLogits{q.logits + static_cast<int64_t>(t) * q.experts}, q.experts, a.chosen, ids + t * a.chosen,
-          reinterpret_cast<Candidate*>(shared + q.list) + t * 32, reinterpret_cast<float*>(shared + warp * kRooms * a.w.panel_bytes));
+          reinterpret_cast<Candidate*>(shared + q.list) + t * 32, reinterpret_cast<float*>(shared + warp * q.at_once * a.w.panel_bytes));
     publish_barriers();  // the logits lay where slabs will be
   } else if (tid < a.choices) {
     ids[tid] = a.ids[tid];
@@ -315,61 +317,80 @@ __global__ void __launch_bounds__(kBounds, 1) moe_down_quick_k(const __grid_cons
   }
   sync();
   auto expert = [&](int i) { return order[i] >> 16; };
-  auto choice = [&](int i) { return order[i] & 0xffff; };
   auto next = [&](int i) {  // from i on, the first place of the warp's where an expert begins
     while (i < a.choices && i > 0 && expert(i) == expert(i - 1)) i += a.choice_warps;
     return i;
   };
-  auto slab_of = [&](int room) { return shared + (warp * kRooms + room) * a.w.panel_bytes; };
-  auto x_of = [&](int room) { return reinterpret_cast<uint16_t*>(shared + q.x) + (warp * kRooms + room) * S::kWidth; };
-  auto weight_of = [&](int room) { return reinterpret_cast<float*>(shared + q.weights) + warp * kRooms + room; };
   auto ask = [&](int i, int room) {
     const uint8_t* const down = a.panel_of(expert(i));
-    const int bytes = a.w.panel_bytes;
-    fill(full + warp * kRooms + room, 1, [&](int) {
-      return Piece{slab_of(room), down + static_cast<int64_t>(panel) * bytes, down ? static_cast<uint32_t>(bytes) : 0};
+    const int slot = warp * q.at_once + room, bytes = a.w.panel_bytes;
+    fill(full + slot, 1, [&](int) {
+      return Piece{shared + slot * bytes, down + static_cast<int64_t>(panel) * bytes, down ? static_cast<uint32_t>(bytes) : 0};
     });
-  };
-  auto fetch = [&](int c, int room) {  // what choice c is multiplied with
-    const uint16_t* const from = q.rounded + c * S::kWidth + 8 * lane;
-    static_assert(S::kWidth == 2 * 256);
-    copy_async16(x_of(room) + 8 * lane, from), copy_async16(x_of(room) + 256 + 8 * lane, from + 256);
-    if (lane == 0) copy_async4(weight_of(room), a.weights + c);  // not by a register, which the warp would wait for before it asks for more
   };
   const int begin = next(warp);
   int ahead = begin;
 #pragma unroll 1
-  for (int room = 0; room < kRooms && ahead < a.choices; room++) ask(ahead, room), ahead = next(ahead + a.choice_warps);
+  for (int room = 0; room < q.at_once && ahead < a.choices; room++) ask(ahead, room), ahead = next(ahead + a.choice_warps);
   if (ahead >= a.choices) let_next_start();  // whose weights would have come in the way of ours
   if (early) wait_for_previous();
-  ask_for_h(a, panel, h);
-  for (int i = begin, room = 0; room < kRooms; i = next(i + a.choice_warps), room++) {
-    if (i < a.choices) fetch(choice(i), room);
-    copy_async_commit();
+  constexpr int kBatch = 8;  // loads of a lane at once
+  if (q.rounded) {  // a warp fetches the rows that it multiplies with
+#pragma unroll 1
+    for (int i = begin; i < a.choices; i = next(i + a.choice_warps))
+#pragma unroll 1
+      for (int same = i; same < a.choices && expert(same) == expert(i); same++) {
+        const int c = order[same] & 0xffff;
+        const uint16_t* from = q.rounded + c * S::kWidth + 8 * lane;
+        uint16_t* to = reinterpret_cast<uint16_t*>(shared + q.x) + c * kQuickPitch + 8 * lane;
+        static_assert(S::kWidth == 2 * 256);
+        copy_async16(to, from), copy_async16(to + 256, from + 256);
+      }
+  } else {
+#pragma unroll 1
+    for (int base = warp; base < a.choices * S::kChunks; base += kBatch * a.choice_warps) {
+      float4 v[kBatch];
+#pragma unroll
+      for (int i = 0; i < kBatch; i++) {
+        const int c = base + i * a.choice_warps;
+        v[i] = c < a.choices * S::kChunks ? load4(a.inner + static_cast<int64_t>(c) * kActGroup + 4 * lane) : float4{};
+      }
+#pragma unroll
+      for (int i = 0; i < kBatch; i++) {
+        const int c = base + i * a.choice_warps;
+        if (c < a.choices * S::kChunks)
+          store_rounded<S::kType>(v[i], false,
+                                  reinterpret_cast<uint16_t*>(shared + q.x) + c / S::kChunks * kQuickPitch + c % S::kChunks * kActGroup);
+      }
+    }
   }
+  if (tid < a.choices) copy_async4(weights + tid, a.weights + tid);  // not by a register, which the warp would wait for before it asks for more
+  ask_for_h(a, panel, h);
+  copy_async_wait<0>();
+  sync();
+  const int g = lane / 4, t = lane % 4;
 #pragma unroll 1
   for (int i = begin, room = 0, phase = 0; i < a.choices; i = next(i + a.choice_warps)) {
     const int e = expert(i);
     const bool here = a.panel_of(e);
-    copy_async_wait<kRooms - 1>();
-    __syncwarp();
-    wait_barrier(full + warp * kRooms + room, phase);
-    const uint8_t* const slab = slab_of(room);
-    for (int same = i;;) {
-      float total[4] = {};  // all columns are the same
-      if (here) S::multiply(slab + a.w.scale_bytes, slab, x_of(room) + lane % 4 * S::kCell, nullptr, nullptr, a.w.shift, total);
-      float* const to = choices + choice(same) * kPanelRows + lane / 4;
-      if (lane % 4 == 0) to[0] = *weight_of(room) * total[0], to[8] = *weight_of(room) * total[2];
-      __syncwarp();  // what is in the room may be replaced
-      if (++same == a.choices || expert(same) != e) break;
-      fetch(choice(same), room);
-      copy_async_commit();
-      copy_async_wait<0>();
-      __syncwarp();
+    const uint8_t* slab = shared + (warp * q.at_once + room) * a.w.panel_bytes;
+#pragma unroll 1
+    for (int first = i; first < a.choices && expert(first) == e; first += 8) {
+      auto choice = [&](int column) {  // -1: there is none
+        const int at = first + column;
+        return at < a.choices && expert(at) == e ? order[at] & 0xffff : -1;
+      };
+      const int mine = choice(g), even = choice(2 * t), odd = choice(2 * t + 1);
+      float total[4] = {};
+      const uint16_t* x = reinterpret_cast<const uint16_t*>(shared + q.x) + max(mine, 0) * kQuickPitch + t * S::kCell;
+      wait_barrier(full + warp * q.at_once + room, phase);
+      if (here) S::multiply(slab + a.w.scale_bytes, slab, x, nullptr, nullptr, a.w.shift, total);
+      if (even >= 0) choices[even * kPanelRows + g] = weights[even] * total[0], choices[even * kPanelRows + g + 8] = weights[even] * total[2];
+      if (odd >= 0) choices[odd * kPanelRows + g] = weights[odd] * total[1], choices[odd * kPanelRows + g + 8] = weights[odd] * total[3];
     }
-    if (ahead < a.choices) ask(ahead, room), fetch(choice(ahead), room), ahead = next(ahead + a.choice_warps);
-    copy_async_commit();
-    if (++room == kRooms) room = 0, phase ^= 1;
+    __syncwarp();  // the slab may be replaced
+    if (ahead < a.choices) ask(ahead, room), ahead = next(ahead + a.choice_warps);
+    if (++room == q.at_once) room = 0, phase ^= 1;
     if (ahead >= a.choices) let_next_start();
   }
   let_next_start();
@@ -446,8 +467,8 @@ int lay_out(Down& a, int slab_bytes) {
 }
 int lay_out(QuickDown& q) {
   Down& a = q.down;
-  SharedMemory s{lay_out(a, q.rooms * a.w.panel_bytes)};
-  q.x = s.take(q.rooms * QuickSlab::kWidth * 2), q.weights = s.take(q.rooms * 4), q.ids = s.take(a.choices * 4), q.order = s.take(a.choices * 4);
+  SharedMemory s{lay_out(a, a.choice_warps * q.at_once * a.w.panel_bytes)};
+  q.x = s.take(a.choices * kQuickPitch * 2), q.weights = s.take(a.choices * 4), q.ids = s.take(a.choices * 4), q.order = s.take(a.choices * 4);
   q.list = s.take(q.logits ? a.tokens * 32 * static_cast<int>(sizeof(Candidate)) : 0);
   return s.end;
 }
@@ -482,21 +503,21 @@ void moe_few_down(const Context& c, const MoeDownArgs& args) {
     launch(c, "moe_down", kernel, dim3(static_cast<unsigned>(a.d / kPanelRows)), dim3(static_cast<unsigned>((a.choice_warps + a.shared_warps) * 32)),
            static_cast<size_t>(shared_bytes), what);
   };
-  if (args.logits && moe_gate_up_waits_first(c, a.d, count(f), args.experts.count, a.chosen) && plain(args.act, args.experts) &&
-      args.shared_act == Act::BF16 && f == QuickSlab::kWidth && a.chosen <= kMaxChoices / kFewTokens &&
+  if (plain(args.act, args.experts) && args.shared_act == Act::BF16 && f == QuickSlab::kWidth && a.chosen <= kMaxChoices / kFewTokens &&
       args.experts.count < 1 << 15) {
-    const bool early = !a.where, one = a.tokens == 1 && early && a.shared_slabs <= kSharedSlabs * a.shared_warps;
+    // Up to 4 tokens: what has room beside gate_up (measured: of 8 to 16 warps with 1 or 2 slabs)
+    const bool behind = args.logits && moe_gate_up_waits_first(c, a.d, count(f), args.experts.count, a.chosen), early = behind && !a.where;
     QuickDown q{};
-    q.down = a, q.logits = early ? args.logits.f32() : nullptr, q.rounded = rounded_inner(c, a.choices, f), q.experts = args.experts.count;
-    int& warps = q.down.choice_warps;
-    auto need = [&] { return q.rooms = warps * (one ? 1 : kRooms), lay_out(q); };
-    // Up to 4 tokens: what has room beside gate_up
-    warps = one ? a.chosen : std::clamp(a.choices, kSumWarps, a.tokens > 4 ? 12 : 8);
-    while (need() > room && warps > kSumWarps && !one) warps--;
-    if (need() <= room) {  // else the other one, which gives the same bits
-      a.choice_warps = warps;
-      if (one) run(shared == DType::INT8 ? moe_down_one_k<DType::INT8> : moe_down_one_k<DType::BF16>, need(), q);
-      else run(shared == DType::INT8 ? moe_down_quick_k<DType::INT8> : moe_down_quick_k<DType::BF16>, need(), q);
+    q.down = a, q.logits = early ? args.logits.f32() : nullptr, q.rounded = behind ? rounded_inner(c, a.choices, f) : nullptr;
+    q.experts = args.experts.count, q.at_once = a.tokens > 4 ? 2 : 1;
+    q.down.choice_warps = std::clamp(a.choices, kSumWarps, a.tokens > 4 ? 12 : a.tokens > 1 ? 10 : kMaxChoiceWarps);
+    while (lay_out(q) > room && q.at_once > 1) q.at_once--;
+    while (lay_out(q) > room && q.down.choice_warps > kSumWarps) q.down.choice_warps--;
+    a.choice_warps = q.down.choice_warps;
+    if (const int need = lay_out(q); need <= room) {  // else the other one, which gives the same bits
+      const bool one = a.tokens == 1 && early && a.choice_warps == a.chosen && a.shared_slabs <= kSharedSlabs * a.shared_warps;
+      if (one) run(shared == DType::INT8 ? moe_down_one_k<DType::INT8> : moe_down_one_k<DType::BF16>, need, q);
+      else run(shared == DType::INT8 ? moe_down_quick_k<DType::INT8> : moe_down_quick_k<DType::BF16>, need, q);
       return;
     }
   }

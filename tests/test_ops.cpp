@@ -464,6 +464,7 @@ std::vector<Case> table() {
   attention_case(c, 33, 100, 16, 2, 256, 64, DType::I8);
   for (int pos : {0, 5, 63, 200}) attention_case(c, pos, 160 - pos % 7, 64, 8, 256, 64, DType::BF16);  // blocks for half of a large GPU
   for (int pos : {0, 70}) attention_case(c, pos, 161, 64, 8, 256, 64, DType::I8);
+  for (int pos : {254, 700}) attention_case(c, pos, 1, 32, 32, 256, 64, DType::I8);  // more chunks of a head than a large GPU has multiprocessors for it
   attention_case(c, 100, 97, 36, 12, 256, 64, DType::BF16), attention_case(c, 7, 150, 64, 4, 256, 64, DType::BF16);
   for (DType t : {DType::F32, DType::BF16})
     c.push_back({std::string("embed ") + name(t), Act::F32, [=](Device& d, Bench& b) {

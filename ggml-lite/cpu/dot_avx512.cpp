@@ -143,7 +143,8 @@ void panel_bytes(const Product& p, const uint8_t* panel, const uint8_t* next, co
   constexpr int kLines = T <= 2 ? 8 : 4;        // lines in flight: whole tiles in order of addresses where registers allow
   // Asked for in L2, which has room for more lines on their way than L1 has for loads (measured, 16 cores of a Xeon: gate_up of one token 109 to
   // 121 GB/s instead of 94 to 99). INT8 in two passes, of four tiles at most, hides its order from the hardware. Beyond the end it is `next` that
-  // is asked for: ranges of an expert may be so short that a fourth of what was asked for would be another thread's.
+  // is asked for, if that is known: ranges of an expert may be so short that a fourth of what was asked for would be another thread's. Else it is
+  // what lies there, which the thread's next range may well be (a hint that reads nothing, also behind the last weights).
   constexpr int kAsk = kLines == 8 ? 4096 : Bits == 8 ? 8192 : 0;
   const __m512i low = _mm512_set1_epi8(15);
   F total[T];
