@@ -426,8 +426,8 @@ __device__ __forceinline__ void store_part(const Attn& a, const Few& f, int head
 // ---- the results of all chunks ----------------------------------------------------------------------------------------
 //
 // Blocks of a head meet when all have stored their parts; then each combines some of the outputs. They can wait for each other: a grid of more
-// than one block for each head is no larger than the multiprocessors have room for, one block each, or two where the driver says so; a kernel that starts early
-// starts when all of these have, and those before wait for nothing later. That holds on a GPU whose time slices this process has to itself:
+// than one block for each head is no larger than the multiprocessors have room for, one block each, or two where the driver says so; a kernel that
+// starts early starts when all of these have, and those before wait for nothing later. That holds on a GPU whose time slices this process has to itself:
 // not beside a kernel of this kind on another stream of the same context, or another process under MPS. One device object has one stream.
 //
 //   counters of a head   [0] chunks taken   [1] blocks that have stored   [2] blocks that have seen all of them
