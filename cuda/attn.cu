@@ -6,9 +6,9 @@
 //           chunks begin depends on the position alone (64 keys each up to 8192, then 64 chunks for every doubling), and a row
 //           combines the chunks up to its own position in a fixed order: its bits depend neither on how many tokens
 //           the call has nor on which block computed what.
-//   block   one per multiprocessor, or two (two_blocks()), bound to one key head. It takes that head's chunks from the last one down, large ones first:
-//           the first by its rank, the others by a counter, when it begins to load the last tile of the one before. So all blocks
-//           end within about a tile of each other.
+//   block   one per multiprocessor, or two (two_blocks()), bound to one key head. It takes that head's chunks from the last one down,
+//           large ones first: the first by its rank, the others by a counter, when it begins to load the last tile of the one before.
+//           So all blocks end within about a tile of each other.
 //   tile    64 keys: 32 KB of K (16 of codes), then as much of V, through a ring of slots that cp.async fills as far ahead as there are slots.
 //
 // Tensor cores with the accuracy of fp32: an A tile of m16n8k16 holds 8 query heads of one token twice, rows 0..7 q rounded to
@@ -96,8 +96,8 @@ struct Planes {
         k_scales(a.k_scales + head * a.k_scales_stride), v_scales(a.v_scales + head * a.v_scales_stride) {}
 };
 
-// Codes of one token: two blocks on a multiprocessor. What they wait for takes as long as with BF16 and there are half as many bytes, so one alone reads
-// 2.6 TB/s of an H200's 4.3, two 3.0.
+// Over codes, one token: two blocks on a multiprocessor. What they wait for takes as long as with BF16 and there are half as many bytes, so one
+// alone reads 2.6 TB/s of an H200's 4.3, two 3.0.
 template <class Cache>
 constexpr bool two_blocks(int tiles) { return Cache::kCodes && tiles == 1; }
 

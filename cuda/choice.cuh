@@ -47,7 +47,8 @@ struct EarlyLogits {  // of a kernel that has not waited yet
 };
 
 // The top `chosen` of E logits, best first, equal ones in order of their index; by one warp. E is a multiple of 4. ids (chosen) and list (32) are
-// in shared memory, list at 16 bytes, and room for the logits (512) too; false: nothing is chosen, there were too many candidates, or too few that are numbers.
+// in shared memory, list and room for the logits (kQuickExperts) at 16 bytes; false: nothing is chosen, there were too many candidates, or too few
+// that are numbers.
 // At least `chosen` lanes have a maximum that is not below the chosen-th largest of the 32 maxima, so the answer is among the logits
 // from there on: hardly ever more than a dozen or two. Each finds its own place by counting those before it.
 // Few instructions: the kernels that call it are over in microseconds, and fetch each of them anew.

@@ -18,8 +18,8 @@
 //
 // INT8 weights with BF16 activations: to make BF16 numbers of the codes takes more instructions than there is time for. So the products are of
 // fp16 numbers, 1024 + c (cuda/unpack.cuh) times x as BF16 rounds it and a power of two per token and 128 values makes it fit: its largest is
-// from 2^14 on, what is 2^25 times smaller is still exact, and less than that loses 2^-39 of the largest. Tensor
-// cores take -1152 times the sum of x as well, in chains of their own; what that leaves of the result is some thirtieth of it, in fp32.
+// from 2^14 on, what is 2^25 times smaller is still exact, and less than that loses 2^-39 of the largest. Tensor cores
+// take 1152 times the sum of x off again, in chains of their own; what that leaves of the result is some thirtieth of it, in fp32.
 //
 // Rows that must see unrounded activations (router, gates of heads) are extra tasks behind the panels: 8 rows through the same slots, fp32
 // products with fp32 activations.
