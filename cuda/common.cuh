@@ -76,7 +76,7 @@ __device__ __forceinline__ void wait_for_previous() {
 // ---- loads ------------------------------------------------------------------------------------------------------------
 
 // From the L2 cache: for what a kernel has written and may be loaded before wait_for_previous() all the same, because that kernel is known to
-// be over (the logits in moe_down.cu), or because an old value does no harm (what gdn.cu prefetches by, or loads by and then compares).
+// be over (the logits in moe_down.cu), or because an old value does no harm (what gdn.cu prefetches by).
 template <class T>
 __device__ __forceinline__ T load_past_l1(const T* p) { return __ldcg(p); }
 

@@ -131,12 +131,8 @@ __global__ void __launch_bounds__(kThreads, 1) delta_net_few_k(const Delta a) {
   let_next_start();  // S is on its way; what the next one reads has the time that this one computes
   if (tid < 4) prefetch_l2(tid == 0 ? a.qkv : tid == 1 ? a.ba : tid == 2 ? a.o : reinterpret_cast<const float*>(a.step));
   if (tid == 4) prefetch_l2(norm_at);
-  // What step says tells which rows to load, and to wait for that behind the wait takes 0.6 us. Here it may be what it said in the last pass, if the
-  // kernel that changes it is still at work, hardly ever: then rows are prefetched for nothing, and what one token's kernel has loaded by it is
-  // loaded once more. (For several tokens that takes 40 to 70 registers more, and passes of 2 and of 4 were 1 % slower.)
-  int soon = 0, some = 0;
-  if (Rows > 0) soon = load_past_l1(&a.step->pos), some = a.log ? min(max(load_past_l1(&a.step->from), 0), kDeltaLogTokens) : 0;
-  if (Rows > 0 && a.slots > 4) {
+  if (Rows > 0 && a.slots > 4) {  // what step says may be what it said in the last pass; then the wrong rows are prefetched
+    const int soon = load_past_l1(&a.step->pos), some = a.log ? min(load_past_l1(&a.step->from), kDeltaLogTokens) : 0;
     if (warp < 3 && lane < 9)
       prefetch_l2(a.ring + ((soon - 3 + warp) & (a.slots - 1)) * a.channels() + (lane < 4 ? q0 + 32 * lane : lane < 8 ? k0 + 32 * (lane - 4) : v0));
     for (int j = warp; j < some; j += kWarps)
@@ -166,27 +162,21 @@ __global__ void __launch_bounds__(kThreads, 1) delta_net_few_k(const Delta a) {
       const int64_t channel[3] = {q0 + dim, k0 + dim, v0 + my_column};
       if constexpr (Rows == 0) w[0] = taps(a, channel[0]), w[1] = taps(a, channel[1]), w[2] = taps(a, channel[2]);
       Inputs<3, Tokens> in;
-      if constexpr (Rows == 0 || Tokens > 1) soon = pos, some = from;
-#pragma unroll 1
-      for (;;) {  // once, but where step has changed
-        in.load(a, channel, soon, first);
-        if constexpr (Rows > 0) {  // no branch around these: loads behind it would have to wait
+      in.load(a, channel, pos, first);
+      if constexpr (Rows > 0) {  // no branch around these: loads behind it would have to wait
 #pragma unroll
-          for (int i = 0; i < Tokens; i++) z[i] = z_at[min(i, a.tokens - 1) * a.z_stride];
-          norm = *norm_at;
-          // loads are served in the order of asking, and these come from DRAM
+        for (int i = 0; i < Tokens; i++) z[i] = z_at[min(i, a.tokens - 1) * a.z_stride];
+        norm = *norm_at;
+      }
+      if constexpr (Rows > 0) {  // loads are served in the order of asking, and these come from DRAM
 #pragma unroll
-          for (int i = 0; i < Rows; i++) s[i] = *s_row(i);
-          for (int j = warp; j < some; j += kWarps) {
-            const float* const row = a.logged(soon - some + j);
-            copy_async16(old_k + j * dk + 4 * lane, row + q0 + 4 * lane);
-            if (lane <= kColumns / 4) copy_async16(old_u + j * (kColumns + 4) + 4 * lane, row + log_u + (lane < kColumns / 4 ? column + 4 * lane : a.dv));
-          }
-          copy_async_commit();
+        for (int i = 0; i < Rows; i++) s[i] = *s_row(i);
+        for (int j = warp; j < from; j += kWarps) {
+          const float* const row = a.logged(pos - from + j);
+          copy_async16(old_k + j * dk + 4 * lane, row + q0 + 4 * lane);
+          if (lane <= kColumns / 4) copy_async16(old_u + j * (kColumns + 4) + 4 * lane, row + log_u + (lane < kColumns / 4 ? column + 4 * lane : a.dv));
         }
-        if (soon == pos && some == from) break;
-        if constexpr (Rows > 0) copy_async_wait<0>();  // before others go to the same place
-        soon = pos, some = from;
+        copy_async_commit();
       }
       if (d == tid && has_gate) gate[kThreads - 1 - tid] = gates(b, decay, neg_a, dt_bias);
       in.choose(a, pos, first);
