@@ -146,29 +146,36 @@ struct Piece {  // both ends aligned to 16, bytes a multiple of 16
   const uint8_t* from;
   uint32_t bytes;
 };
-// piece(i): the i-th of n pieces, at most 32. By a whole warp.
-template <class F>
-__device__ __forceinline__ void fill(Barrier* full, int n, F piece) {
+// mine: the lane's piece, of the first n lanes, at most 32; all: bytes of all of them. By a whole warp.
+__device__ __forceinline__ void fill(Barrier* full, int n, const Piece& mine, uint32_t all) {
   const int lane = static_cast<int>(threadIdx.x) % 32;
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-  const Piece p = lane < n ? piece(lane) : Piece{nullptr, nullptr, 0};
-  const uint32_t all = __reduce_add_sync(0xffffffffu, p.bytes);
+  (void)n;
   if (lane == 0)
     asm volatile("{\n.reg .b64 t;\nmbarrier.arrive.expect_tx.shared.b64 t, [%0], %1;\n}" ::"r"(shared_address(full)), "r"(all) : "memory");
   __syncwarp();
-  if (p.bytes)
-    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(shared_address(p.to)), "l"(p.from),
-                 "r"(p.bytes), "r"(shared_address(full))
+  if (lane < n && mine.bytes)
+    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(shared_address(mine.to)), "l"(mine.from),
+                 "r"(mine.bytes), "r"(shared_address(full))
                  : "memory");
 #else
 #pragma unroll 1
   for (int i = 0; i < n; i++) {
-    const Piece p = piece(i);
+    const auto to = reinterpret_cast<uint8_t*>(__shfl_sync(0xffffffffu, reinterpret_cast<unsigned long long>(mine.to), i));
+    const auto from = reinterpret_cast<const uint8_t*>(__shfl_sync(0xffffffffu, reinterpret_cast<unsigned long long>(mine.from), i));
+    const uint32_t bytes = __shfl_sync(0xffffffffu, mine.bytes, i);
 #pragma unroll 4
-    for (uint32_t at = lane * 16; at < p.bytes; at += 512) copy_async16(p.to + at, p.from + at);
+    for (uint32_t at = lane * 16; at < bytes; at += 512) copy_async16(to + at, from + at);
   }
   asm volatile("cp.async.mbarrier.arrive.noinc.shared.b64 [%0];" ::"r"(shared_address(full)) : "memory");
 #endif
+}
+// piece(i): the i-th
+template <class F>
+__device__ __forceinline__ void fill(Barrier* full, int n, F piece) {
+  const int lane = static_cast<int>(threadIdx.x) % 32;
+  const Piece mine = lane < n ? piece(lane) : Piece{nullptr, nullptr, 0};
+  fill(full, n, mine, __reduce_add_sync(0xffffffffu, mine.bytes));
 }
 
 // ---- numbers ----------------------------------------------------------------------------------------------------------

@@ -1,14 +1,19 @@
 // Products of at most 8 tokens, weights BF16, INT8 or INT4, activations rounded to BF16 or INT8: bound by reading the weights.
 //
-// Tensor cores do the sums: the weights are operand A (a panel of 16 rows), the tokens are the 8 columns of operand B, so that 1 to 8
-// tokens cost the same. One block for each multiprocessor, or two, takes panels b, b + grid, ... A panel comes in chunks of K, 16 or 32 KB each,
-// through a ring of slots in shared memory:
+// Tensor cores do the sums: the weights are operand A, the tokens are columns of operand B, so that 1 to 8 tokens cost the same (BF16: 1 to 4).
+// One block for each multiprocessor, or two, takes panels of 16 rows: b, b + grid, ... A panel comes in chunks of 16 or 32 KB through a ring of
+// slots in shared memory:
 //
-//   chunk    | units of warp 0 | units of warp 1 | ... | of warp 7 |     a unit is what a warp computes at once: BF16 64 k, else 128 k
-//   BF16     1024 k: 16 rows of 2 KB, each with 64 bytes of padding      INT8 1024 k, INT4 2048 k: tiles, then the scales of the groups
+//   chunk    | units of warp 0 | units of warp 1 | ... | of warp 7 |     a unit is what a warp computes at once, 128 k
+//   BF16     2048 k of 8 rows, each with 64 bytes of padding; rows 0 - 7 of the panel, then rows 8 - 15
+//   INT8     1024 k, INT4 2048 k of 16 rows: tiles, then the scales of the groups
 //
 // (A multiprocessor begins one bulk copy in about 46 ns, whatever its size: with 1 KB of a row they were all together no faster than 3.1 TB/s
-// even from the L2 cache, with 2 KB 6 TB/s. Measured on H100. Before sm_90 there are none, some GPUs have 99 KB of shared memory, and it is 512 k.)
+// even from the L2 cache, with 2 KB 6 TB/s. Measured on H100. Before sm_90 there are none, some GPUs have 99 KB of shared memory, and it is 1024 k.)
+//
+// BF16: of 8 rows a lane loads 8 values at once, k to k + 7, four registers in a row, and they are operand A as they are: rows 0 - 7 of it hold
+// k, k + 1 and k + 4, k + 5, rows 8 - 15 the others of the same weights. B has two columns for each token, 2 i with the x that meet the first, 2 i + 1
+// with those that meet the others; of D count (g, 2 i) and (g + 8, 2 i + 1), whose sum is the result.
 //
 //   a ninth warp, the producer, fills the slots from before wait_for_previous() on, then keeps them full: weights stream in while the kernel
 //   before ends and while the prologue computes the norm. full[slot]: a chunk is there; empty[slot]: all 8 warps have used it.
@@ -42,19 +47,20 @@ constexpr bool kBulk = true;  // in code of the device; the host looks at Contex
 constexpr int kEarly = 2;  // chunks under way while the kernel before is at work (measured)
 
 constexpr int unit_loads(DType w) { return w == DType::INT4 ? 2 : 4; }
-constexpr int unit_k(DType w) { return w == DType::BF16 ? 64 : 128; }
-constexpr int chunk_k(DType w, bool bulk = kBulk) { return w == DType::INT4 ? 2048 : w == DType::BF16 && !bulk ? 512 : 1024; }
+constexpr int kUnit = 128;
+constexpr int chunk_k(DType w, bool bulk = kBulk) { return w == DType::INT4 || (w == DType::BF16 && bulk) ? 2048 : 1024; }
+constexpr int kChunkRows = 8;  // BF16
 // BF16: a row of a chunk, and 64 bytes so that 16-byte loads of the fragments of two rows share no bank
 constexpr int row_pitch(bool bulk) { return chunk_k(DType::BF16, bulk) * 2 + 64; }
 constexpr int kRowPitch = row_pitch(kBulk);
 constexpr int tile_bytes(DType w) { return chunk_k(w) / tile_k(w) * kTileBytes; }  // of a chunk
 constexpr int slot_bytes(DType w, bool bulk = kBulk) {
-  return w == DType::BF16 ? kPanelRows * row_pitch(bulk) : tile_bytes(w) + chunk_k(w) / 32 * kPanelRows * 2;
+  return w == DType::BF16 ? kChunkRows * row_pitch(bulk) : tile_bytes(w) + chunk_k(w) / 32 * kPanelRows * 2;
 }
 constexpr int exact_bytes(DType w, bool bulk = kBulk) { return slot_bytes(w, bulk) / kWarps / 512 * 512; }  // of a row in a slot
 constexpr bool as_half(DType w, Act a) { return w == DType::INT8 && a == Act::BF16; }
-// Rows of x in shared memory: padded with zeros to whole groups of 128, and apart such that 16-byte loads of two tokens' fragments
-// (4 times 16 bytes in a row of BF16 and INT8, with gaps of 16 bytes in INT4) share no bank.
+// Rows of x in shared memory: padded with zeros to whole groups of 128, and apart such that loads of two tokens' fragments (4 times 16 bytes in a
+// row of BF16 and INT8, with gaps of 16 bytes in INT4) share no bank. Of BF16 the pairs of 8 values are in the order 0 2 1 3.
 constexpr int x_stride(DType w, int k) { return (k + 127) / 128 * 128 + (w == DType::INT4 ? 8 : 32); }
 
 struct Matvec {
@@ -130,39 +136,52 @@ struct Place {
 // The producer: asks for everything that the block reads, in the order in which it is used, as far ahead as there are slots; and while the
 // kernel before may still be at work, for a few chunks at a time. What is asked for waits in queues that everybody shares: with all slots at
 // once, loads that the kernel before was waiting for took up to 5 us longer (measured).
-template <DType W>
+// It is one warp, which has no other to fill its time: what it computes for a chunk is what a chunk takes at least (measured on H200: half a
+// microsecond, when it found every piece of every chunk anew).
+template <DType W, bool Quick>
 __device__ __forceinline__ void produce(const Matvec& m, uint8_t* shared) {
+  constexpr bool kRows = W == DType::BF16;
+  constexpr int kPieces = kRows ? kChunkRows : 2;
   Barrier *full = reinterpret_cast<Barrier*>(shared + m.barriers), *empty = full + kMaxSlots;
+  const int lane = static_cast<int>(threadIdx.x) % 32, slots = m.slots;
+  const bool once = m.tasks <= static_cast<int>(gridDim.x);
   Place at;
   int n = 0;
-  for (int task = static_cast<int>(blockIdx.x); task < m.tasks; task += static_cast<int>(gridDim.x)) {
-    const bool panel = task < m.panels;
-    const int chunks = panel ? m.chunks : m.exact_chunks;
-    for (int c = 0; c < chunks; c++, n++, at.next(m.slots)) {
-      if (n == m.signal && m.tasks <= static_cast<int>(gridDim.x)) let_next_start();
-      if (n >= kEarly && n < m.slots) wait_barrier(full + n - kEarly, 0);
-      wait_barrier(empty + at.slot, (at.phase + 1) & 1);
-      uint8_t* to = shared + at.slot * slot_bytes(W);
-      if (!panel) {
-        const ExactTask e = exact_task(m, task);
-        const int begin = c * exact_bytes(W), left = max(0, min(m.in.k * e.item - begin, exact_bytes(W)));
-        fill(full + at.slot, kWarps, [&](int i) {
-          return Piece{to + i * exact_bytes(W), e.w + i * e.stride + begin, static_cast<uint32_t>(i < e.rows ? left : 0)};
-        });
-      } else if constexpr (W == DType::BF16) {
-        fill(full + at.slot, kPanelRows, [&](int i) {
-          const int row = min(task * m.step + i % 8 + (i < 8 ? 0 : m.pair), m.rows - 1), begin = c * chunk_k(W);
-          return Piece{to + i * kRowPitch, m.w + row * m.stride + begin * 2, static_cast<uint32_t>(min(m.in.k - begin, chunk_k(W)) * 2)};
-        });
-      } else {
-        fill(full + at.slot, 2, [&](int i) {
-          const uint8_t* from = m.w + task * m.stride;
-          const int begin = c * (i ? (chunk_k(W) >> m.shift) * kPanelRows * 2 : tile_bytes(W));
-          const int left = (i ? m.scale_bytes : m.tiles * kTileBytes) - begin;
-          return Piece{to + (i ? tile_bytes(W) : 0), from + (i ? 0 : m.scale_bytes) + begin,
-                       static_cast<uint32_t>(min(left, i ? (chunk_k(W) >> m.shift) * kPanelRows * 2 : tile_bytes(W)))};
-        });
-      }
+  auto wait = [&] {  // for the slot
+    if (once && n == m.signal) let_next_start();
+    if (n >= kEarly && n < slots) wait_barrier(full + n - kEarly, 0);
+    wait_barrier(empty + at.slot, (at.phase + 1) & 1);
+    return shared + at.slot * slot_bytes(W);
+  };
+  // Of a whole chunk: the lane's bytes, where they lie in it, and those of all lanes. Tiles are lane 0's, scales lane 1's.
+  const int scales = (chunk_k(W) >> (Quick ? 7 : m.shift)) * kPanelRows * 2;
+  const int whole = kRows ? chunk_k(W) * 2 : lane ? scales : tile_bytes(W), to = kRows ? lane * kRowPitch : lane * tile_bytes(W);
+  const uint32_t all = kRows ? kChunkRows * chunk_k(W) * 2 : tile_bytes(W) + scales;
+  int task = static_cast<int>(blockIdx.x);
+#pragma unroll 1
+  for (; task < m.panels; task += static_cast<int>(gridDim.x)) {
+    const int row = task * m.step + lane;
+    const uint8_t* from = m.w + (kRows ? min(row, m.rows - 1) * m.stride : task * m.stride + (lane ? 0 : m.scale_bytes));
+    const uint8_t* lower = m.w + min(row + m.pair, m.rows - 1) * m.stride;  // BF16: rows 8 to 15
+    int left = kRows ? m.in.k * 2 : lane ? m.scale_bytes : m.tiles * kTileBytes;
+#pragma unroll 1
+    for (int c = 0; c < m.chunks; c++, n++, at.next(slots)) {
+      uint8_t* const slot = wait();
+      const Piece mine{slot + to, kRows && c % 2 ? lower : from, static_cast<uint32_t>(Quick ? whole : min(whole, left))};
+      fill(full + at.slot, kPieces, mine, Quick ? all : __reduce_add_sync(0xffffffffu, lane < kPieces ? mine.bytes : 0));
+      if (!kRows || c % 2) from += whole, lower += whole, left -= whole;
+    }
+  }
+#pragma unroll 1
+  for (; task < m.tasks; task += static_cast<int>(gridDim.x)) {
+    const ExactTask e = exact_task(m, task);
+#pragma unroll 1
+    for (int c = 0; c < m.exact_chunks; c++, n++, at.next(slots)) {
+      uint8_t* const slot = wait();
+      const int begin = c * exact_bytes(W), bytes = max(0, min(m.in.k * e.item - begin, exact_bytes(W)));
+      fill(full + at.slot, kWarps, [&](int i) {
+        return Piece{slot + i * exact_bytes(W), e.w + i * e.stride + begin, static_cast<uint32_t>(i < e.rows ? bytes : 0)};
+      });
     }
   }
 }
@@ -178,96 +197,105 @@ __device__ __forceinline__ void flush(float (&total)[4], float (&sum)[4], float 
   }
 }
 
-// total += one unit. unit: of BF16 from the lane's 16 bytes of row g on, of tiles the first one; scales: those of the unit. x: what the
-// lane reads of its token g from the first k of the unit on, valid where `live`; x_scale: of the unit's k for tokens 2t and 2t+1.
-template <DType W, Act A>
-__device__ __forceinline__ void multiply(float (&total)[4], const uint8_t* unit, const uint16_t* scales, const uint16_t* x, bool live, float2 x_scale,
-                                         int shift) {
-  const int lane = static_cast<int>(threadIdx.x) % 32, g = lane / 4, t = lane % 4;
-  auto weights = [&](int i) {
-    if (W == DType::BF16) return *reinterpret_cast<const uint4*>(unit + i / 2 * 64 + i % 2 * 8 * kRowPitch);
-    return *reinterpret_cast<const uint4*>(unit + i * kTileBytes + lane * 16);
-  };
-  auto tokens = [&](int at) { return live ? *reinterpret_cast<const uint4*>(x + at) : uint4{}; };
-  uint32_t a[4];
-  if constexpr (W == DType::BF16) {
+// total += one unit of BF16: total[i], i 0, 1: tokens t and 4 + t, row g. unit: the lane's first 16 bytes of row g; x: what meets the lane's values of
+// token g / 2; of token 4 + g / 2 `more` values on, if there is one; x_scale: of tokens t and 4 + t
+template <Act A>
+__device__ __forceinline__ void multiply_rows(float (&total)[2], const uint8_t* unit, const uint16_t* x, bool many, int more, float2 x_scale) {
+  auto chain = [&](const uint16_t* from, const uint4 (&w)[4]) {
     float sum[4] = {};
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+      const uint2 b = *reinterpret_cast<const uint2*>(from + i * 32);
+      const uint32_t a[4] = {w[i].x, w[i].y, w[i].z, w[i].w};
+      mma_16816(sum, a, b.x, b.y);
+    }
+    return sum[0] + sum[3];
+  };
+  uint4 w[4];
+#pragma unroll
+  for (int i = 0; i < 4; i++) w[i] = *reinterpret_cast<const uint4*>(unit + i * 64);
+  const float first = chain(x, w);
+  total[0] = A == Act::INT8 ? fmaf(first, x_scale.x, total[0]) : total[0] + first;
+  if (!many) return;
+  const float second = chain(x + more, w);
+  total[1] = A == Act::INT8 ? fmaf(second, x_scale.y, total[1]) : total[1] + second;
+}
+
+// total += one unit of tiles: rows g and g + 8, tokens 2t and 2t + 1. unit: its first tile; scales: those of the unit. x: what the lane reads of its
+// token g from the first k of the unit on; x_scale: of the unit's k for tokens 2t and 2t+1. Columns without a token may hold anything.
+template <DType W, Act A>
+__device__ __forceinline__ void multiply(float (&total)[4], const uint8_t* unit, const uint16_t* scales, const uint16_t* x, float2 x_scale, int shift) {
+  const int lane = static_cast<int>(threadIdx.x) % 32, g = lane / 4, t = lane % 4;
+  auto weights = [&](int i) { return *reinterpret_cast<const uint4*>(unit + i * kTileBytes + lane * 16); };
+  auto tokens = [&](int at) { return *reinterpret_cast<const uint4*>(x + at); };
+  uint32_t a[4];
+  float sum[4] = {};
+  // After the first `end` values of the unit: is a group complete? Then its scales meet its sums.
+  auto close_group = [&](int end) {
+    if (end & ((1 << shift) - 1)) return;
+    const uint16_t* s = scales + ((end >> shift) - 1) * kPanelRows + g;
+    flush<A>(total, sum, half_bits_to_float(s[0]), half_bits_to_float(s[8]), x_scale);
+  };
+  if constexpr (as_half(W, A)) {
+    float more[4] = {}, less[2][4] = {};  // chains of their own, so that an instruction need not wait for the one before
+    uint32_t lowered[4] = {kLowered, kLowered, kLowered, kLowered};
+#pragma unroll
+    for (uint32_t& l : lowered) asm volatile("" : "+r"(l));  // four registers in a row, once: the compiler would make them anew for every use
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+      const uint4 v = weights(i), b = tokens(i * 32);
+      int8_raised_fragment<0>(v, a);
+      mma_16816_half(sum, a, b.x, b.y);
+      mma_16816_half(less[0], lowered, b.x, b.y);
+      int8_raised_fragment<1>(v, a);
+      mma_16816_half(more, a, b.z, b.w);
+      mma_16816_half(less[1], lowered, b.z, b.w);
+      if ((i + 1) * 32 & ((1 << shift) - 1)) continue;
+      const uint16_t* s = scales + (((i + 1) * 32 >> shift) - 1) * kPanelRows + g;
+      const float lo = half_bits_to_float(s[0]), hi = half_bits_to_float(s[8]);
+#pragma unroll
+      for (int j = 0; j < 4; j++) {
+        const float codes = (sum[j] + less[0][j]) + (more[j] + less[1][j]);
+        total[j] = fmaf(j < 2 ? lo : hi, (j % 2 ? x_scale.y : x_scale.x) * codes, total[j]);
+        sum[j] = more[j] = less[0][j] = less[1][j] = 0;
+      }
+    }
+  } else if constexpr (W == DType::INT8) {
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+      const uint4 v = weights(i), b = tokens(i * 32);
+      int8_fragment<0>(v, a);
+      mma_16816(sum, a, b.x, b.y);
+      int8_fragment<1>(v, a);
+      mma_16816(sum, a, b.z, b.w);
+      close_group((i + 1) * 32);
+    }
+  } else {
+    // Groups of 32: lanes t = 0, 1 hold the first of a tile, t = 2, 3 the second, and the tile is multiplied twice
+    const uint32_t first = shift == 5 && t >= 2 ? 0 : ~0u;
 #pragma unroll
     for (int i = 0; i < 2; i++) {
-      const uint4 lo = weights(2 * i), hi = weights(2 * i + 1), b = tokens(i * 32);
-      bf16_fragment<0>(lo, hi, a);
-      mma_16816(A == Act::INT8 ? sum : total, a, b.x, b.y);
-      bf16_fragment<1>(lo, hi, a);
-      mma_16816(A == Act::INT8 ? sum : total, a, b.z, b.w);
-    }
-    if (A == Act::INT8) flush<A>(total, sum, 1.f, 1.f, x_scale);
-  } else {
-    float sum[4] = {};
-    // After the first `end` values of the unit: is a group complete? Then its scales meet its sums.
-    auto close_group = [&](int end) {
-      if (end & ((1 << shift) - 1)) return;
-      const uint16_t* s = scales + ((end >> shift) - 1) * kPanelRows + g;
-      flush<A>(total, sum, half_bits_to_float(s[0]), half_bits_to_float(s[8]), x_scale);
-    };
-    if constexpr (as_half(W, A)) {
-      float more[4] = {}, less[2][4] = {};  // chains of their own, so that an instruction need not wait for the one before
-      const uint32_t lowered[4] = {kLowered, kLowered, kLowered, kLowered};
-#pragma unroll
-      for (int i = 0; i < 4; i++) {
-        const uint4 v = weights(i), b = tokens(i * 32);
-        int8_raised_fragment<0>(v, a);
-        mma_16816_half(sum, a, b.x, b.y);
-        mma_16816_half(less[0], lowered, b.x, b.y);
-        int8_raised_fragment<1>(v, a);
-        mma_16816_half(more, a, b.z, b.w);
-        mma_16816_half(less[1], lowered, b.z, b.w);
-        if ((i + 1) * 32 & ((1 << shift) - 1)) continue;
-        const uint16_t* s = scales + (((i + 1) * 32 >> shift) - 1) * kPanelRows + g;
-        const float lo = half_bits_to_float(s[0]), hi = half_bits_to_float(s[8]);
-#pragma unroll
-        for (int j = 0; j < 4; j++) {
-          const float codes = (sum[j] + less[0][j]) + (more[j] + less[1][j]);
-          total[j] = fmaf(j < 2 ? lo : hi, (j % 2 ? x_scale.y : x_scale.x) * codes, total[j]);
-          sum[j] = more[j] = less[0][j] = less[1][j] = 0;
-        }
-      }
-    } else if constexpr (W == DType::INT8) {
-#pragma unroll
-      for (int i = 0; i < 4; i++) {
-        const uint4 v = weights(i), b = tokens(i * 32);
-        int8_fragment<0>(v, a);
-        mma_16816(sum, a, b.x, b.y);
-        int8_fragment<1>(v, a);
-        mma_16816(sum, a, b.z, b.w);
-        close_group((i + 1) * 32);
-      }
-    } else {
-      // Groups of 32: lanes t = 0, 1 hold the first of a tile, t = 2, 3 the second, and the tile is multiplied twice
-      const uint32_t first = shift == 5 && t >= 2 ? 0 : ~0u;
-#pragma unroll
-      for (int i = 0; i < 2; i++) {
-        const uint4 v = weights(i), b = tokens(i * 64), c = tokens(i * 64 + 8);
+      const uint4 v = weights(i), b = tokens(i * 64), c = tokens(i * 64 + 8);
+      int4_fragment<0>(v, a);
+      mma_16816(sum, a, b.x & first, b.y & first);
+      int4_fragment<1>(v, a);
+      mma_16816(sum, a, b.z & first, b.w & first);
+      int4_fragment<2>(v, a);
+      mma_16816(sum, a, c.x & first, c.y & first);
+      int4_fragment<3>(v, a);
+      mma_16816(sum, a, c.z & first, c.w & first);
+      if (shift == 5) {
+        close_group(i * 64 + 32);
         int4_fragment<0>(v, a);
-        mma_16816(sum, a, b.x & first, b.y & first);
+        mma_16816(sum, a, b.x & ~first, b.y & ~first);
         int4_fragment<1>(v, a);
-        mma_16816(sum, a, b.z & first, b.w & first);
+        mma_16816(sum, a, b.z & ~first, b.w & ~first);
         int4_fragment<2>(v, a);
-        mma_16816(sum, a, c.x & first, c.y & first);
+        mma_16816(sum, a, c.x & ~first, c.y & ~first);
         int4_fragment<3>(v, a);
-        mma_16816(sum, a, c.z & first, c.w & first);
-        if (shift == 5) {
-          close_group(i * 64 + 32);
-          int4_fragment<0>(v, a);
-          mma_16816(sum, a, b.x & ~first, b.y & ~first);
-          int4_fragment<1>(v, a);
-          mma_16816(sum, a, b.z & ~first, b.w & ~first);
-          int4_fragment<2>(v, a);
-          mma_16816(sum, a, c.x & ~first, c.y & ~first);
-          int4_fragment<3>(v, a);
-          mma_16816(sum, a, c.z & ~first, c.w & ~first);
-        }
-        close_group((i + 1) * 64);
+        mma_16816(sum, a, c.z & ~first, c.w & ~first);
       }
+      close_group((i + 1) * 64);
     }
   }
 }
@@ -303,6 +331,9 @@ __device__ __forceinline__ void prologue(const Matvec& m, const float4 (&norm)[k
       const int at = k / 16 * 16 + int4_position(k % 16);
       *reinterpret_cast<uint32_t*>(to + at) = pack_bf16(v.x, v.z);
       *reinterpret_cast<uint32_t*>(to + at + 4) = pack_bf16(v.y, v.w);
+    } else if (W == DType::BF16) {  // pairs 0 and 1 of 8 values, or 2 and 3
+      uint32_t* const pair = reinterpret_cast<uint32_t*>(to + k / 8 * 8) + k / 4 % 2;
+      pair[0] = pack_bf16(v.x, v.y), pair[2] = pack_bf16(v.z, v.w);
     } else {
       *reinterpret_cast<uint2*>(to + k) = {pack_bf16(v.x, v.y), pack_bf16(v.z, v.w)};
     }
@@ -356,7 +387,7 @@ __device__ __forceinline__ float sum_rows(float a, float b, float c, float d) {
   return s;
 }
 
-// One: of one token, Quick: quick_shape(). Nearly all products of decoding are both, and a kernel that is over in microseconds, and again a
+// One: of one token, Quick: quick(). Nearly all products of decoding are both, and a kernel that is over in microseconds, and again a
 // few kernels later, must be small: what all of them execute has to stay in the instruction cache, which holds some 100 KB.
 template <DType W, Act A, bool Quick, bool One>
 __global__ void __launch_bounds__(kThreads, 2) matvec_k(const __grid_constant__ Matvec m) {
@@ -366,13 +397,13 @@ __global__ void __launch_bounds__(kThreads, 2) matvec_k(const __grid_constant__ 
   const int warp = warp_index();
   const bool once = m.tasks <= static_cast<int>(gridDim.x);
   // Where the last unit of a row ends in what lay there before, that has to be finite: x is zero there, but not a number times zero is not
-  if (m.in.k % unit_k(W))
+  if (m.in.k % kUnit)
     for (int i = static_cast<int>(threadIdx.x); i < m.slots * slot_bytes(W) / 16; i += kThreads) memory[i] = uint4{};
   if (threadIdx.x < 2 * kMaxSlots) init_barrier(full + threadIdx.x, threadIdx.x < kMaxSlots ? kFillArrivals : kWarps);
   publish_barriers();
   __syncthreads();
   if (warp == kWarps) {
-    produce<W>(m, shared);
+    produce<W, Quick>(m, shared);
     if (once) let_next_start();
     wait_for_previous();
     return;
@@ -382,8 +413,16 @@ __global__ void __launch_bounds__(kThreads, 2) matvec_k(const __grid_constant__ 
   else prefetch_norms(m.in);
   const int tid = static_cast<int>(threadIdx.x), lane = tid % 32, g = lane / 4, t = lane % 4, tokens = One ? 1 : m.in.tokens;
   const int k_all = m.in.k, groups = (k_all + 127) / 128, size = tokens * kPanelRows;
-  const uint16_t* x = reinterpret_cast<const uint16_t*>(shared + m.x) + g * x_stride(W, k_all) + (W == DType::INT4 ? 16 : 8) * t;
-  const float *x_scale = reinterpret_cast<const float*>(shared + m.x_scale);
+  // Results of the lane are of tokens first and second. Columns of B without a token repeat the last one, and nobody looks at what they give.
+  constexpr bool kRows = W == DType::BF16;
+  const int first = kRows ? t : 2 * t, second = kRows ? t + 4 : 2 * t + 1;
+  auto some = [&](int token) { return One ? 0 : min(token, tokens - 1); };
+  const bool many = !One && tokens > 4;
+  const uint16_t* const x = reinterpret_cast<const uint16_t*>(shared + m.x) + some(kRows ? g / 2 : g) * x_stride(W, k_all) +
+                            (W == DType::INT4 ? 16 * t : kRows ? 8 * t + g % 2 * 4 : 8 * t);
+  const int more = many ? (some(g / 2 + 4) - some(g / 2)) * x_stride(W, k_all) : 0;
+  const float* const x_scale = reinterpret_cast<const float*>(shared + m.x_scale);
+  const float *const scale_first = x_scale + some(first) * groups, *const scale_second = x_scale + some(second) * groups;
   float* partial = reinterpret_cast<float*>(shared + m.partial);  // (2, warps, T, 16): while one half is summed the other is written
   const bool swiglu = m.store == Store::SwiGLU;
   const int per_token = swiglu ? kPanelRows / 2 : kPanelRows, row = tid % per_token, out = tid / per_token;  // of the thread: row and token
@@ -405,30 +444,41 @@ __global__ void __launch_bounds__(kThreads, 2) matvec_k(const __grid_constant__ 
     const float old = mine && m.store == Store::Add ? *y : 0.f;
 
     float total[4] = {};
+    const bool last = !once && task + static_cast<int>(gridDim.x) >= m.panels;
 #pragma unroll 1
     for (int c = 0; c < m.chunks; c++, at.next(m.slots)) {
-      const int units = (min(k_all - c * chunk_k(W), chunk_k(W)) + unit_k(W) - 1) / unit_k(W), end = slice(units, warp + 1);
       const uint8_t* slot = shared + at.slot * slot_bytes(W);
-      if (!once && c == m.chunks - 1 && task + static_cast<int>(gridDim.x) >= m.panels) let_next_start();  // earlier, it delays us (measured)
-      wait_barrier(full + at.slot, at.phase & 1);
-#pragma unroll 1
-      for (int u = slice(units, warp); u < end; u++) {
+      const int k0 = (kRows ? c / 2 : c) * chunk_k(W);
+      auto unit = [&](int u) {
         float2 scale{};
-        const int k = c * chunk_k(W) + u * unit_k(W), group = k / 128;
-#pragma unroll
-        for (int i = 0; i < 2; i++) {
-          if ((A == Act::INT8 || as_half(W, A)) && 2 * t + i < tokens) (i ? scale.y : scale.x) = x_scale[(2 * t + i) * groups + group];
+        const int k = k0 + u * kUnit;
+        if (A == Act::INT8 || as_half(W, A)) scale = {scale_first[k / 128], One ? 0.f : scale_second[k / 128]};
+        if constexpr (kRows) {
+          float sums[2] = {c % 2 ? total[2] : total[0], c % 2 ? total[3] : total[1]};
+          multiply_rows<A>(sums, slot + g * kRowPitch + t * 16 + u * (kUnit * 2), x + k, many, more, scale);
+          (c % 2 ? total[2] : total[0]) = sums[0], (c % 2 ? total[3] : total[1]) = sums[1];
+        } else {
+          const uint16_t* scales = reinterpret_cast<const uint16_t*>(slot + tile_bytes(W)) + u * (kUnit >> (Quick ? 7 : m.shift)) * kPanelRows;
+          multiply<W, A>(total, slot + u * unit_loads(W) * kTileBytes, scales, x + k, scale, Quick ? 7 : m.shift);
         }
-        const uint8_t* unit = slot + (W == DType::BF16 ? g * kRowPitch + t * 16 + u * 128 : u * unit_loads(W) * kTileBytes);
-        const uint16_t* scales = reinterpret_cast<const uint16_t*>(slot + tile_bytes(W)) + u * (128 >> m.shift) * kPanelRows;
-        multiply<W, A>(total, unit, scales, x + k, g < tokens, scale, m.shift);
+      };
+      if (last && c == m.chunks - 1) let_next_start();  // earlier, it delays us (measured)
+      wait_barrier(full + at.slot, at.phase & 1);
+      if constexpr (Quick) {
+        constexpr int kMine = chunk_k(W) / kUnit / kWarps;
+#pragma unroll
+        for (int u = 0; u < kMine; u++) unit(warp * kMine + u);
+      } else {
+        const int units = (min(k_all - k0, chunk_k(W)) + kUnit - 1) / kUnit, end = slice(units, warp + 1);
+#pragma unroll 1
+        for (int u = slice(units, warp); u < end; u++) unit(u);
       }
       __syncwarp();
       if (lane == 0) arrive(empty + at.slot);
     }
-    float* p = partial + warp * size + 2 * t * kPanelRows + g;
-    if (2 * t < tokens) p[0] = total[0], p[8] = total[2];
-    if (2 * t + 1 < tokens) p[16] = total[1], p[24] = total[3];
+    float* p = partial + warp * size + g;
+    if (first < tokens) p[first * kPanelRows] = total[0], p[first * kPanelRows + 8] = total[2];
+    if (second < tokens) p[second * kPanelRows] = total[1], p[second * kPanelRows + 8] = total[3];
     sync_matvec();
     if (mine) {
       const float* s = partial + out * kPanelRows + row;
@@ -493,11 +543,16 @@ void launch_matvec(const Context& c, const char* what, const Matvec& m, Act act,
   else launch(c, what, matvec_k<W, Act::BF16, false, false>, grid, kThreads, bytes, m);
 }
 
+// The usual shapes, also of the weights: warps have equal parts of whole chunks, in groups of 128
+bool quick(const Context& c, const Product& p) {
+  return quick_shape(p.in) && p.in.k % chunk_k(p.w.dtype, c.overlap) == 0 && (p.w.dtype == DType::BF16 || p.w.group == 128);
+}
+
 // False: not even the activations of one token fit into shared memory.
 bool matvec_fast(const Context& c, const char* what, const Product& p) {
   const DType w = p.w.dtype;
   Matvec m;
-  m.in = p.in, m.in.quick = quick_shape(p.in), m.in.inverse_k = 1.f / static_cast<float>(p.in.k);
+  m.in = p.in, m.in.quick = quick(c, p), m.in.inverse_k = 1.f / static_cast<float>(p.in.k);
   m.w = p.w.bytes(), m.rows = static_cast<int>(p.w.rows());
   m.stride = p.w.row_stride * 2;
   if (is_t16(w)) {
@@ -512,7 +567,7 @@ bool matvec_fast(const Context& c, const char* what, const Product& p) {
   m.store = p.store, m.y = p.y, m.ldy = p.ldy, m.normed = p.normed;
   const bool bulk = c.overlap;
   const int chunk = chunk_k(w, bulk), part = exact_bytes(w, bulk), most_slots = w == DType::BF16 && bulk ? kMaxSlots / 2 : kMaxSlots;
-  m.chunks = (m.in.k + chunk - 1) / chunk;
+  m.chunks = (m.in.k + chunk - 1) / chunk * (w == DType::BF16 ? 2 : 1);
   m.tasks = m.panels;
   for (int i = 0; i < 2; i++) {
     m.exact[i] = p.exact[i], m.tasks += exact_tasks(p.exact[i].w.rows());
@@ -587,7 +642,7 @@ bool multiply_gated(const Context& c, const char* what, Product p, const Gated& 
   p.in = {};
   p.in.mix = Mix::Gated, p.in.tokens = as.tokens, p.in.k = as.k, p.in.eps = eps;
   p.in.a = from.o, p.in.lda = as.k, p.in.b = from.squares, p.in.ldb = parts;
-  return quick_shape(p.in) && takes_fast(p) && matvec_fast(c, what, p);
+  return takes_fast(p) && quick(c, p) && matvec_fast(c, what, p);
 }
 
 Input input(Mix mix, const Tensor& a, const Tensor& b, const Tensor& w, const Tensor& w2, float eps) {
