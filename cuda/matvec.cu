@@ -9,11 +9,12 @@
 //   INT8     1024 k, INT4 2048 k of 16 rows: tiles, then the scales of the groups
 //
 // (A multiprocessor begins one bulk copy in about 46 ns, whatever its size: with 1 KB of a row they were all together no faster than 3.1 TB/s
-// even from the L2 cache, with 2 KB 6 TB/s. Measured on H100. Before sm_90 there are none, some GPUs have 99 KB of shared memory, and it is 1024 k.)
+// even from the L2 cache, with 2 KB 6 TB/s. Measured on H100. Before sm_90 there are none, some GPUs have 99 KB of shared memory, and BF16
+// chunks are 1024 k.)
 //
-// BF16: of 8 rows a lane loads 8 values at once, k to k + 7, four registers in a row, and they are operand A as they are: rows 0 - 7 of it hold
-// k, k + 1 and k + 4, k + 5, rows 8 - 15 the others of the same weights. B has two columns for each token, 2 i with the x that meet the first, 2 i + 1
-// with those that meet the others; of D count (g, 2 i) and (g + 8, 2 i + 1), whose sum is the result.
+// BF16: of 8 rows a lane loads 8 values at once, k to k + 7, four registers in a row, and they are operand A as they are: its rows 0 - 7 hold
+// k, k + 1 and k + 4, k + 5, its rows 8 - 15 the others of the same weights. B has two columns for each token i: 2 i with the x that meet
+// the first, 2 i + 1 with those that meet the others. Of D count (g, 2 i) and (g + 8, 2 i + 1), whose sum is the result.
 //
 //   a ninth warp, the producer, fills the slots from before wait_for_previous() on, then keeps them full: weights stream in while the kernel
 //   before ends and while the prologue computes the norm. full[slot]: a chunk is there; empty[slot]: all 8 warps have used it.
@@ -135,9 +136,8 @@ struct Place {
 
 // The producer: asks for everything that the block reads, in the order in which it is used, as far ahead as there are slots; and while the
 // kernel before may still be at work, for a few chunks at a time. What is asked for waits in queues that everybody shares: with all slots at
-// once, loads that the kernel before was waiting for took up to 5 us longer (measured).
-// It is one warp, which has no other to fill its time: what it computes for a chunk is what a chunk takes at least (measured on H200: half a
-// microsecond, when it found every piece of every chunk anew).
+// once, loads that the kernel before was waiting for took up to 5 us longer (measured). A lane's pieces of one chunk lie behind those of the one
+// before: it is a warp alone, and nothing hides what it computes for each.
 template <DType W, bool Quick>
 __device__ __forceinline__ void produce(const Matvec& m, uint8_t* shared) {
   constexpr bool kRows = W == DType::BF16;
@@ -197,8 +197,8 @@ __device__ __forceinline__ void flush(float (&total)[4], float (&sum)[4], float 
   }
 }
 
-// total += one unit of BF16: total[i], i 0, 1: tokens t and 4 + t, row g. unit: the lane's first 16 bytes of row g; x: what meets the lane's values of
-// token g / 2; of token 4 + g / 2 `more` values on, if there is one; x_scale: of tokens t and 4 + t
+// total += one unit of BF16, row g; total[0] of token t, total[1] of token 4 + t. unit: the lane's first 16 bytes of row g; x: what meets them, of
+// token g / 2, and `more` values on of token 4 + g / 2, if there are so many; x_scale: of tokens t and 4 + t
 template <Act A>
 __device__ __forceinline__ void multiply_rows(float (&total)[2], const uint8_t* unit, const uint16_t* x, bool many, int more, float2 x_scale) {
   auto chain = [&](const uint16_t* from, const uint4 (&w)[4]) {
@@ -221,8 +221,8 @@ __device__ __forceinline__ void multiply_rows(float (&total)[2], const uint8_t* 
   total[1] = A == Act::INT8 ? fmaf(second, x_scale.y, total[1]) : total[1] + second;
 }
 
-// total += one unit of tiles: rows g and g + 8, tokens 2t and 2t + 1. unit: its first tile; scales: those of the unit. x: what the lane reads of its
-// token g from the first k of the unit on; x_scale: of the unit's k for tokens 2t and 2t+1. Columns without a token may hold anything.
+// total += one unit of tiles: rows g and g + 8, tokens 2t and 2t + 1. unit: its first tile; scales: those of the unit. x: what the lane reads of
+// its token g from the first k of the unit on; x_scale: of the unit's k for tokens 2t and 2t+1. Columns without a token may hold anything.
 template <DType W, Act A>
 __device__ __forceinline__ void multiply(float (&total)[4], const uint8_t* unit, const uint16_t* scales, const uint16_t* x, float2 x_scale, int shift) {
   const int lane = static_cast<int>(threadIdx.x) % 32, g = lane / 4, t = lane % 4;

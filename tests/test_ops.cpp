@@ -435,6 +435,11 @@ std::vector<Case> table() {
       gated_cases(c, f, Act::BF16, t, 32, 128, 32);
       gated_delta_case(c, f, Act::BF16, t, 2, 4, 128, 128, 64);
     }
+  for (Format f : {Format{DType::BF16, 0}, {DType::INT8, 128}, {DType::INT4, 128}})  // whole chunks for every warp
+    for (int64_t t : {1, 2, 4, 5, 8}) {
+      norm_matmul_case(c, f, Act::BF16, t, 2048, 41, true);
+      if (t != 2) gated_delta_case(c, f, Act::BF16, t, 16, 32, 128, 128, 40);
+    }
   for (int64_t t : {2, 4, 5, 8})
     for (int e : {11, 70}) moe_cases(c, {DType::INT4, 128}, {e == 11 ? DType::INT8 : DType::BF16, e == 11 ? 64 : 0}, Act::BF16, t, e, 10, 256, 512, 512);
   moe_cases(c, {DType::INT4, 128}, {DType::BF16, 0}, Act::BF16, 1, 40, 10, 512, 384, 256);  // more candidates than a warp has lanes
@@ -450,7 +455,7 @@ std::vector<Case> table() {
     delta_case(c, 7, 3, 2, 2, 64, 32, conv);
     delta_case(c, 9, 5, 1, 3, 32, 96, conv);
   }
-  for (int64_t t : {1, 2, 4, 7, 9}) gated_delta_case(c, {DType::BF16, 0}, Act::BF16, t, 16, 32, 128, 128, 96);
+  for (int64_t t : {2, 7, 9}) gated_delta_case(c, {DType::BF16, 0}, Act::BF16, t, 16, 32, 128, 128, 96);
   for (Act act : {Act::F32, Act::BF16, Act::INT8})
     for (int64_t dv : {128, 96}) gated_delta_case(c, {DType::INT8, 32}, act, 3, 1, 3, dv == 96 ? 32 : 128, dv, 48);
   for (DType kv : {DType::F32, DType::BF16, DType::I8}) {
