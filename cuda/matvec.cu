@@ -76,6 +76,7 @@ struct Matvec {
   int64_t ldy = 0;
   ExactRows exact[2];
   float* normed = nullptr;
+  bool whole = false;      // see matvec_k
   bool keep = false;       // x unrounded, too
   int signal = 0;          // of one task for each block: chunks to ask for before the next kernel may start
   int slots = 0, chunks = 0, exact_chunks = 0;  // chunks: of a panel, of exact rows
@@ -138,7 +139,7 @@ struct Place {
 // kernel before may still be at work, for a few chunks at a time. What is asked for waits in queues that everybody shares: with all slots at
 // once, loads that the kernel before was waiting for took up to 5 us longer (measured). A lane's pieces of one chunk lie behind those of the one
 // before: it is a warp alone, and nothing hides what it computes for each.
-template <DType W, bool Quick>
+template <DType W, bool Whole>
 __device__ __forceinline__ void produce(const Matvec& m, uint8_t* shared) {
   constexpr bool kRows = W == DType::BF16;
   constexpr int kPieces = kRows ? kChunkRows : 2;
@@ -154,7 +155,7 @@ __device__ __forceinline__ void produce(const Matvec& m, uint8_t* shared) {
     return shared + at.slot * slot_bytes(W);
   };
   // Of a whole chunk: the lane's bytes, where they lie in it, and those of all lanes. Tiles are lane 0's, scales lane 1's.
-  const int scales = (chunk_k(W) >> (Quick ? 7 : m.shift)) * kPanelRows * 2;
+  const int scales = (chunk_k(W) >> (Whole ? 7 : m.shift)) * kPanelRows * 2;
   const int whole = kRows ? chunk_k(W) * 2 : lane ? scales : tile_bytes(W), to = kRows ? lane * kRowPitch : lane * tile_bytes(W);
   const uint32_t all = kRows ? kChunkRows * chunk_k(W) * 2 : tile_bytes(W) + scales;
   int task = static_cast<int>(blockIdx.x);
@@ -167,8 +168,8 @@ __device__ __forceinline__ void produce(const Matvec& m, uint8_t* shared) {
 #pragma unroll 1
     for (int c = 0; c < m.chunks; c++, n++, at.next(slots)) {
       uint8_t* const slot = wait();
-      const Piece mine{slot + to, kRows && c % 2 ? lower : from, static_cast<uint32_t>(Quick ? whole : min(whole, left))};
-      fill(full + at.slot, kPieces, mine, Quick ? all : __reduce_add_sync(0xffffffffu, lane < kPieces ? mine.bytes : 0));
+      const Piece mine{slot + to, kRows && c % 2 ? lower : from, static_cast<uint32_t>(Whole ? whole : min(whole, left))};
+      fill(full + at.slot, kPieces, mine, Whole ? all : __reduce_add_sync(0xffffffffu, lane < kPieces ? mine.bytes : 0));
       if (!kRows || c % 2) from += whole, lower += whole, left -= whole;
     }
   }
@@ -387,9 +388,10 @@ __device__ __forceinline__ float sum_rows(float a, float b, float c, float d) {
   return s;
 }
 
-// One: of one token, Quick: quick(). Nearly all products of decoding are both, and a kernel that is over in microseconds, and again a
-// few kernels later, must be small: what all of them execute has to stay in the instruction cache, which holds some 100 KB.
-template <DType W, Act A, bool Quick, bool One>
+// One: of one token, Quick: quick_shape(), Whole: warps have equal parts of whole chunks, in groups of 128. Nearly all products of decoding are all
+// three, and a kernel that is over in microseconds, and again a few kernels later, must be small: what all of them execute has to stay in
+// the instruction cache, which holds some 100 KB.
+template <DType W, Act A, bool Quick, bool Whole, bool One>
 __global__ void __launch_bounds__(kThreads, 2) matvec_k(const __grid_constant__ Matvec m) {
   extern __shared__ uint4 memory[];
   uint8_t* shared = reinterpret_cast<uint8_t*>(memory);
@@ -403,7 +405,7 @@ __global__ void __launch_bounds__(kThreads, 2) matvec_k(const __grid_constant__ 
   publish_barriers();
   __syncthreads();
   if (warp == kWarps) {
-    produce<W, Quick>(m, shared);
+    produce<W, Whole>(m, shared);
     if (once) let_next_start();
     wait_for_previous();
     return;
@@ -458,13 +460,13 @@ __global__ void __launch_bounds__(kThreads, 2) matvec_k(const __grid_constant__ 
           multiply_rows<A>(sums, slot + g * kRowPitch + t * 16 + u * (kUnit * 2), x + k, many, more, scale);
           (c % 2 ? total[2] : total[0]) = sums[0], (c % 2 ? total[3] : total[1]) = sums[1];
         } else {
-          const uint16_t* scales = reinterpret_cast<const uint16_t*>(slot + tile_bytes(W)) + u * (kUnit >> (Quick ? 7 : m.shift)) * kPanelRows;
-          multiply<W, A>(total, slot + u * unit_loads(W) * kTileBytes, scales, x + k, scale, Quick ? 7 : m.shift);
+          const uint16_t* scales = reinterpret_cast<const uint16_t*>(slot + tile_bytes(W)) + u * (kUnit >> (Whole ? 7 : m.shift)) * kPanelRows;
+          multiply<W, A>(total, slot + u * unit_loads(W) * kTileBytes, scales, x + k, scale, Whole ? 7 : m.shift);
         }
       };
       if (last && c == m.chunks - 1) let_next_start();  // earlier, it delays us (measured)
       wait_barrier(full + at.slot, at.phase & 1);
-      if constexpr (Quick) {
+      if constexpr (Whole) {
         constexpr int kMine = chunk_k(W) / kUnit / kWarps;
 #pragma unroll
         for (int u = 0; u < kMine; u++) unit(warp * kMine + u);
@@ -503,10 +505,10 @@ __global__ void __launch_bounds__(kThreads, 2) matvec_k(const __grid_constant__ 
     float sum[kExactRows][kTokens] = {};
 #pragma unroll 1
     for (int c = 0; c < m.exact_chunks; c++, at.next(m.slots)) {
-      const int values = exact_bytes(W) / e.item, first = c * values;
+      const int values = exact_bytes(W) / e.item, begin = c * values;
       wait_barrier(full + at.slot, at.phase & 1);
       multiply_exact(sum, shared + at.slot * slot_bytes(W) + first_row * exact_bytes(W), exact_bytes(W), e.item == 4,
-                     reinterpret_cast<const float*>(shared + m.x_exact) + first, tokens, k_all, min(k_all - first, values));
+                     reinterpret_cast<const float*>(shared + m.x_exact) + begin, tokens, k_all, min(k_all - begin, values));
       __syncwarp();
       if (lane == 0) arrive(empty + at.slot);
     }
@@ -537,22 +539,19 @@ template <DType W>
 void launch_matvec(const Context& c, const char* what, const Matvec& m, Act act, int most_blocks) {
   const dim3 grid(static_cast<unsigned>(std::min(m.tasks, most_blocks)));
   const auto bytes = static_cast<size_t>(m.bytes);
-  if (act != Act::BF16) launch(c, what, matvec_k<W, Act::INT8, false, false>, grid, kThreads, bytes, m);
-  else if (m.in.quick && m.in.tokens == 1) launch(c, what, matvec_k<W, Act::BF16, true, true>, grid, kThreads, bytes, m);
-  else if (m.in.quick) launch(c, what, matvec_k<W, Act::BF16, true, false>, grid, kThreads, bytes, m);
-  else launch(c, what, matvec_k<W, Act::BF16, false, false>, grid, kThreads, bytes, m);
-}
-
-// The usual shapes, also of the weights: warps have equal parts of whole chunks, in groups of 128
-bool quick(const Context& c, const Product& p) {
-  return quick_shape(p.in) && p.in.k % chunk_k(p.w.dtype, c.overlap) == 0 && (p.w.dtype == DType::BF16 || p.w.group == 128);
+  const auto kernel = act != Act::BF16                  ? matvec_k<W, Act::INT8, false, false, false>
+                      : !m.in.quick                      ? matvec_k<W, Act::BF16, false, false, false>
+                      : !m.whole                         ? matvec_k<W, Act::BF16, true, false, false>
+                      : m.in.tokens == 1                 ? matvec_k<W, Act::BF16, true, true, true>
+                                                         : matvec_k<W, Act::BF16, true, true, false>;
+  launch(c, what, kernel, grid, kThreads, bytes, m);
 }
 
 // False: not even the activations of one token fit into shared memory.
 bool matvec_fast(const Context& c, const char* what, const Product& p) {
   const DType w = p.w.dtype;
   Matvec m;
-  m.in = p.in, m.in.quick = quick(c, p), m.in.inverse_k = 1.f / static_cast<float>(p.in.k);
+  m.in = p.in, m.in.quick = quick_shape(p.in), m.in.inverse_k = 1.f / static_cast<float>(p.in.k);
   m.w = p.w.bytes(), m.rows = static_cast<int>(p.w.rows());
   m.stride = p.w.row_stride * 2;
   if (is_t16(w)) {
@@ -568,6 +567,7 @@ bool matvec_fast(const Context& c, const char* what, const Product& p) {
   const bool bulk = c.overlap;
   const int chunk = chunk_k(w, bulk), part = exact_bytes(w, bulk), most_slots = w == DType::BF16 && bulk ? kMaxSlots / 2 : kMaxSlots;
   m.chunks = (m.in.k + chunk - 1) / chunk * (w == DType::BF16 ? 2 : 1);
+  m.whole = m.in.k % chunk == 0 && (w == DType::BF16 || p.w.group == 128);
   m.tasks = m.panels;
   for (int i = 0; i < 2; i++) {
     m.exact[i] = p.exact[i], m.tasks += exact_tasks(p.exact[i].w.rows());
@@ -642,7 +642,7 @@ bool multiply_gated(const Context& c, const char* what, Product p, const Gated& 
   p.in = {};
   p.in.mix = Mix::Gated, p.in.tokens = as.tokens, p.in.k = as.k, p.in.eps = eps;
   p.in.a = from.o, p.in.lda = as.k, p.in.b = from.squares, p.in.ldb = parts;
-  return takes_fast(p) && quick(c, p) && matvec_fast(c, what, p);
+  return quick_shape(p.in) && takes_fast(p) && matvec_fast(c, what, p);
 }
 
 Input input(Mix mix, const Tensor& a, const Tensor& b, const Tensor& w, const Tensor& w2, float eps) {
