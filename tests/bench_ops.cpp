@@ -2,6 +2,8 @@
 // share of what the same threads read from memory in a plain loop; GFLOP/s, and their share of what products of int8 codes do in
 // registers. Weights of an operation exist in as many copies as it takes to be larger than every cache. Not a test: run by hand,
 // e.g.   bench_ops 2 avx512 1,4,64
+// Of a GPU (bench_ops cuda 0): what a product of few tokens takes in a row of such products, which is how a token comes about: by how many rows it
+// has, with weights from memory and with the same ones again, from the L2 cache. What is left at no rows is the price of a kernel.
 #include <chrono>
 #include <cstdio>
 #include <cstdlib>
@@ -11,6 +13,7 @@
 #include <sstream>
 #include <vector>
 
+#include "cuda/cuda.h"
 #include "ggml-lite/base/file.h"
 #include "ggml-lite/cpu/cpu.h"
 
@@ -232,9 +235,51 @@ struct Benchmark {
   }
 };
 
+int chains_of_products(int index) {
+  if (list_cuda_devices().empty()) return std::puts("no GPU was found"), 1;
+  const auto d = make_cuda_device(index);
+  constexpr int64_t k = 2048, most = 49152;
+  OpLimits l;
+  l.tokens = 8, l.width = most, l.model_width = k;
+  d->reserve(l);
+  const double bandwidth = d->read_bandwidth(0);
+  std::printf("%s, reads %.0f GB/s; y = W norm(x), K = %lld\n", d->name().c_str(), bandwidth / 1e9, static_cast<long long>(k));
+  const std::vector<float> ones(8 * k, 1.f);
+  for (const Format f : {Format{DType::INT8, 128}, {DType::BF16, 0}})
+    for (int64_t n : {int64_t{2048}, int64_t{4096}, int64_t{12288}, most}) {
+      const int64_t bytes = weight_bytes(f.type, n, k, f.group), copies = kCold / bytes;
+      const Buffer w = d->alloc(static_cast<size_t>(bytes * copies), "weights"), x = d->alloc(ones.size() * 4, "x"), norm = d->alloc(k * 4, "norm"),
+                   y = d->alloc(static_cast<size_t>(8 * n * 4), "y");
+      d->upload(x.data(), ones.data(), ones.size() * 4), d->upload(norm.data(), ones.data(), k * 4);
+      for (int t : {1, 4})
+        for (bool cold : {true, false}) {
+          if (!cold && bytes > int64_t{28} << 20) continue;  // no L2 cache holds that
+          NormMatmulArgs a;
+          a.h = view(x.data(), DType::F32, t, k), a.norm = view(norm.data(), DType::F32, k), a.act = Act::BF16, a.y = view(y.data(), DType::F32, t, n);
+          double best = 1e30;
+          for (int round = 0; round < 6; round++) {  // as it is, recording, replaying
+            d->sync();
+            const auto start = std::chrono::steady_clock::now();
+            d->recorded(&w, static_cast<uint64_t>(2 * t + cold), [&] {
+              for (int64_t c = 0; c < copies; c++)
+                a.w = weight(static_cast<uint8_t*>(w.data()) + (cold ? c * bytes : 0), f.type, n, k, f.group), d->norm_matmul(a);
+            });
+            d->sync();
+            const double s = std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count() / static_cast<double>(copies);
+            if (round > 1) best = std::min(best, s);
+          }
+          std::printf("%-5s N=%-6lld T=%d  %-16s %8.2f us %8.0f GB/s %5.0f %%\n", name(f.type), static_cast<long long>(n), t,
+                      cold ? "from memory" : "from L2 cache", best * 1e6, static_cast<double>(bytes) / best / 1e9, 100 * static_cast<double>(bytes) / best / bandwidth);
+        }
+      d->forget(&w);
+    }
+  return 0;
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
+  if (argc > 1 && std::strcmp(argv[1], "cuda") == 0) return chains_of_products(argc > 2 ? std::atoi(argv[2]) : 0);
   const int threads = argc > 1 ? std::atoi(argv[1]) : 0;
   const std::string level = argc > 2 ? argv[2] : "auto";
   std::stringstream list(argc > 3 ? argv[3] : "1");
