@@ -18,7 +18,7 @@
 
 namespace qn::cuda {
 
-constexpr int kFewTokens = 8;   // columns of a tensor-core tile: up to that tokens cost little more than one
+constexpr int kFewTokens = 8;   // columns of a tensor-core tile: so many tokens cost little more than one
 constexpr int kCounters = 4096;
 
 // What a launcher needs to know of the device and its stream.

@@ -12,15 +12,15 @@
 // even from the L2 cache, with 2 KB 6 TB/s. Measured on H100. With 4 KB it is a third faster still, on H200. Before sm_90 there are none,
 // some GPUs have 99 KB of shared memory, and BF16 chunks are 1024 k.)
 //
-// BF16: of 8 rows a lane loads 8 values at once, k to k + 7, four registers in a row, and they are operand A as they are: its rows 0 - 7 hold
-// k, k + 1 and k + 4, k + 5, its rows 8 - 15 the others of the same weights. B has two columns for each token i: 2 i with the x that meet
-// the first, 2 i + 1 with those that meet the others. Of D count (g, 2 i) and (g + 8, 2 i + 1), whose sum is the result.
-//
 //   a ninth warp, the producer, fills the slots from before wait_for_previous() on, then keeps them full: weights stream in while the kernel
 //   before ends and while the prologue computes the norm. full[slot]: a chunk is there; empty[slot]: all 8 warps have used it.
 //   After the last chunk of a panel a thread for each output adds the 8 results.
 //
 // A block that has a multiprocessor to itself needs no more warps than that, and leaves room for what comes next to begin.
+//
+// BF16: of 8 rows a lane loads 8 values at once, k to k + 7, four registers in a row, and they are operand A as they are: its rows 0 - 7 hold
+// k, k + 1 and k + 4, k + 5, its rows 8 - 15 the others of the same weights. B has two columns for each token i: 2 i with the x that meet
+// the first, 2 i + 1 with those that meet the others. Of D count (g, 2 i) and (g + 8, 2 i + 1), whose sum is the result.
 //
 // INT8 weights with BF16 activations: to make BF16 numbers of the codes takes more instructions than there is time for. So the products are of
 // fp16 numbers, 1024 + c (cuda/unpack.cuh) times x as BF16 rounds it and a power of two per token and 128 values makes it fit: its largest is

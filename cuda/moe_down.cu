@@ -1,6 +1,7 @@
 // Down of few tokens: the routed experts, the shared expert and the sum. A block takes a panel of the output (16 rows); columns of the products
-// are choices (of one token's kernel, all the same one). A choice warp does the first choice of an expert and all others of that expert with it, two more warps do the shared expert, whose
-// weights are known before the kernel ahead has ended. Results are added in the order choice 0, 1, ..., shared expert.
+// are choices (of one token's kernel, all the same one). A choice warp does the first choice of an expert and all others of that expert with
+// it, two more warps do the shared expert, whose weights are known before the kernel ahead has ended. Results are added in the order choice
+// 0, 1, ..., shared expert.
 //
 //   moe_down_quick_k   INT4 g128, all activations BF16, F = 512: the panel of an expert is one slab and comes in one piece. 1 to 8 tokens.
 //   moe_down_one_k     the same for one token whose experts are all here, behind gate_up

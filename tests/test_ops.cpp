@@ -440,7 +440,7 @@ std::vector<Case> table() {
       norm_matmul_case(c, f, Act::BF16, t, 2048, 41, true);
       if (t != 2) gated_delta_case(c, f, Act::BF16, t, 16, 32, 128, 128, 40);
     }
-  for (int64_t t : {2, 4, 5, 8})
+  for (int64_t t : {1, 2, 4, 5, 8})  // shared experts of more slabs than warps do
     for (int e : {11, 70}) moe_cases(c, {DType::INT4, 128}, {e == 11 ? DType::INT8 : DType::BF16, e == 11 ? 64 : 0}, Act::BF16, t, e, 10, 256, 512, 512);
   moe_cases(c, {DType::INT4, 128}, {DType::BF16, 0}, Act::BF16, 1, 40, 10, 512, 384, 256);  // more candidates than a warp has lanes
   for (DType conv : {DType::F32, DType::BF16}) {

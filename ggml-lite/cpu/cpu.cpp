@@ -52,8 +52,8 @@ static double read_bandwidth(const Arena& arena, int threads, bool filled) {
   };
   if (!filled)
     pool.run([&](int t) {
-      for (int64_t i = share(pieces, t, pool.size()).begin; i < share(pieces, t, pool.size()).end; i++)
-        std::memset(arena.data() + piece(i).begin, t + 1, piece(i).end - piece(i).begin);
+      const Range mine = share(pieces, t, pool.size());
+      for (int64_t i = mine.begin; i < mine.end; i++) std::memset(arena.data() + piece(i).begin, t + 1, piece(i).end - piece(i).begin);
     });
   double best = 0;
   std::vector<uint64_t> sums(pool.size() * 8);
