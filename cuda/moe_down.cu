@@ -269,7 +269,7 @@ struct QuickDown {
   const float* logits;   // (T, E) or null: the ids are to be read
   const uint16_t* rounded;  // rounded_inner(), or null: inner is to be rounded
   int experts, at_once;
-  int x, weights, ids, order, list;  // offsets: (T*K, kQuickPitch) BF16, (T*K), (T*K), (T*K), (T, 32) Candidate; slabs lie at 0
+  int x, ids, order, list;  // offsets: (T*K, kQuickPitch) BF16, (T*K), (T*K), (T, 32) Candidate; slabs lie at 0
 };
 
 constexpr int kBounds = 1024;  // 64 registers a thread: blocks of gate_up and of what comes behind have room on the same multiprocessor
@@ -293,7 +293,6 @@ __global__ void __launch_bounds__(kBounds, 1) moe_down_quick_k(const __grid_cons
   const int threads = a.choice_warps * 32;
   auto sync = [&] { asm volatile("bar.sync 1, %0;" ::"r"(threads) : "memory"); };  // of the choice warps
   int32_t *ids = reinterpret_cast<int32_t*>(shared + q.ids), *order = reinterpret_cast<int32_t*>(shared + q.order);
-  float* weights = reinterpret_cast<float*>(shared + q.weights);
   if (lane < q.at_once) init_barrier(full + warp * q.at_once + lane, kFillArrivals), publish_barriers();
   if (tid < 4) prefetch_l2(tid == 0 ? a.weights : tid == 1 ? a.inner : tid == 2 ? a.h : reinterpret_cast<const float*>(a.ids));
   const bool early = q.logits;
@@ -335,10 +334,9 @@ __global__ void __launch_bounds__(kBounds, 1) moe_down_quick_k(const __grid_cons
   for (int room = 0; room < q.at_once && ahead < a.choices; room++) ask(ahead, room), ahead = next(ahead + a.choice_warps);
   if (ahead >= a.choices) let_next_start();  // whose weights would have come in the way of ours
   if (early) wait_for_previous();
-  constexpr int kBatch = 8;  // loads of a lane at once
-  if (q.rounded) {  // a warp fetches the rows that it multiplies with
+  if (q.rounded) {  // a warp fetches the rows that it multiplies with, and waits only for those of its first expert
 #pragma unroll 1
-    for (int i = begin; i < a.choices; i = next(i + a.choice_warps))
+    for (int i = begin; i < a.choices; i = next(i + a.choice_warps)) {
 #pragma unroll 1
       for (int same = i; same < a.choices && expert(same) == expert(i); same++) {
         const int c = order[same] & 0xffff;
@@ -347,7 +345,13 @@ __global__ void __launch_bounds__(kBounds, 1) moe_down_quick_k(const __grid_cons
         static_assert(S::kWidth == 2 * 256);
         copy_async16(to, from), copy_async16(to + 256, from + 256);
       }
+      if (i == begin) copy_async_commit();
+    }
+    ask_for_h(a, panel, h);
+    copy_async_wait<1>();
+    __syncwarp();
   } else {
+    constexpr int kBatch = 8;  // loads of a lane at once
 #pragma unroll 1
     for (int base = warp; base < a.choices * S::kChunks; base += kBatch * a.choice_warps) {
       float4 v[kBatch];
@@ -364,11 +368,9 @@ __global__ void __launch_bounds__(kBounds, 1) moe_down_quick_k(const __grid_cons
                                   reinterpret_cast<uint16_t*>(shared + q.x) + c / S::kChunks * kQuickPitch + c % S::kChunks * kActGroup);
       }
     }
+    ask_for_h(a, panel, h);
+    sync();
   }
-  if (tid < a.choices) copy_async4(weights + tid, a.weights + tid);  // not by a register, which the warp would wait for before it asks for more
-  ask_for_h(a, panel, h);
-  copy_async_wait<0>();
-  sync();
   const int g = lane / 4, t = lane % 4;
 #pragma unroll 1
   for (int i = begin, room = 0, phase = 0; i < a.choices; i = next(i + a.choice_warps)) {
@@ -382,13 +384,15 @@ __global__ void __launch_bounds__(kBounds, 1) moe_down_quick_k(const __grid_cons
         return at < a.choices && expert(at) == e ? order[at] & 0xffff : -1;
       };
       const int mine = choice(g), even = choice(2 * t), odd = choice(2 * t + 1);
+      const float w_even = even >= 0 ? a.weights[even] : 0.f, w_odd = odd >= 0 ? a.weights[odd] : 0.f;
       float total[4] = {};
       const uint16_t* x = reinterpret_cast<const uint16_t*>(shared + q.x) + max(mine, 0) * kQuickPitch + t * S::kCell;
       wait_barrier(full + warp * q.at_once + room, phase);
       if (here) S::multiply(slab + a.w.scale_bytes, slab, x, nullptr, nullptr, a.w.shift, total);
-      if (even >= 0) choices[even * kPanelRows + g] = weights[even] * total[0], choices[even * kPanelRows + g + 8] = weights[even] * total[2];
-      if (odd >= 0) choices[odd * kPanelRows + g] = weights[odd] * total[1], choices[odd * kPanelRows + g + 8] = weights[odd] * total[3];
+      if (even >= 0) choices[even * kPanelRows + g] = w_even * total[0], choices[even * kPanelRows + g + 8] = w_even * total[2];
+      if (odd >= 0) choices[odd * kPanelRows + g] = w_odd * total[1], choices[odd * kPanelRows + g + 8] = w_odd * total[3];
     }
+    if (q.rounded) copy_async_wait<0>();  // the rows of the others
     __syncwarp();  // the slab may be replaced
     if (ahead < a.choices) ask(ahead, room), ahead = next(ahead + a.choice_warps);
     if (++room == q.at_once) room = 0, phase ^= 1;
@@ -469,7 +473,7 @@ int lay_out(Down& a, int slab_bytes) {
 int lay_out(QuickDown& q) {
   Down& a = q.down;
   SharedMemory s{lay_out(a, a.choice_warps * q.at_once * a.w.panel_bytes)};
-  q.x = s.take(a.choices * kQuickPitch * 2), q.weights = s.take(a.choices * 4), q.ids = s.take(a.choices * 4), q.order = s.take(a.choices * 4);
+  q.x = s.take(a.choices * kQuickPitch * 2), q.ids = s.take(a.choices * 4), q.order = s.take(a.choices * 4);
   q.list = s.take(q.logits ? a.tokens * 32 * static_cast<int>(sizeof(Candidate)) : 0);
   return s.end;
 }
