@@ -12,7 +12,7 @@
 //
 //   router   writes logits |end
 //   gate_up       waits ---|choice|asks for all it reads: let_next_start()|products ... inner |end
-//   down                                                                  |starts: choice|asks: let_next_start()|waits ---|rounds inner, ... sum|
+//   down                                                                  |starts: choice|asks: let_next_start()|waits ---|fetches inner, ... sum|
 //
 // It may read the logits before its own wait_for_previous(): it starts when every block of gate_up has called let_next_start(), which they do
 // behind their wait, so the router, which ended before that wait did, is over and its writes are in the L2 cache. The loads go there, past
@@ -334,7 +334,7 @@ __global__ void __launch_bounds__(kBounds, 1) moe_down_quick_k(const __grid_cons
   for (int room = 0; room < q.at_once && ahead < a.choices; room++) ask(ahead, room), ahead = next(ahead + a.choice_warps);
   if (ahead >= a.choices) let_next_start();  // whose weights would have come in the way of ours
   if (early) wait_for_previous();
-  if (q.rounded) {  // a warp fetches the rows that it multiplies with, and waits only for those of its first expert
+  if (q.rounded) {  // a warp fetches all rows that it multiplies with, and waits here only for those of its first expert
 #pragma unroll 1
     for (int i = begin; i < a.choices; i = next(i + a.choice_warps)) {
 #pragma unroll 1
@@ -384,6 +384,7 @@ __global__ void __launch_bounds__(kBounds, 1) moe_down_quick_k(const __grid_cons
         return at < a.choices && expert(at) == e ? order[at] & 0xffff : -1;
       };
       const int mine = choice(g), even = choice(2 * t), odd = choice(2 * t + 1);
+      // loaded while the slab is on its way
       const float w_even = even >= 0 ? a.weights[even] : 0.f, w_odd = odd >= 0 ? a.weights[odd] : 0.f;
       float total[4] = {};
       const uint16_t* x = reinterpret_cast<const uint16_t*>(shared + q.x) + max(mine, 0) * kQuickPitch + t * S::kCell;
