@@ -95,6 +95,11 @@ same "exit code of qnext-bench ($(cat "$tmp/err"))" 0 $code
 has "bench" '"test":"tg4 @ d64"' "$tmp/json"
 has "bench --verify: one token, for the ratios" '"test":"verify1 @ d64".*"time_ratio":1.0,"bytes_ratio":1.0,' "$tmp/json"
 has "bench --verify" '"test":"verify4 @ d64".*"time_ratio":[0-9].*"bytes_ratio":[1-3][.]' "$tmp/json"  # 4 tokens share weights
+printf 'Once upon a time there was a young cat' >"$tmp/begin"
+prompt=$(printf '{"text":"%s"}\n' "$(cat "$tmp/begin")" | "$cli" -m "$m" --tokenize | tr -cd , | wc -c | tr -d ' ')  # its tokens, but for one
+"$bin/qnext-bench" -m "$m" --device cpu -f "$tmp/begin" -p 0 -n 32 -d $((prompt + 1)) -r 2 -o jsonl >"$tmp/made" 2>"$tmp/err"
+same "what qnext-bench times is what qnext-cli says" "$(say --device cpu --raw -p "$(cat "$tmp/begin")" -n 32 --json | sed 's/.*"text":\("[^"]*"\).*/\1/')" \
+  "$(sed 's/.*"ids":\(\[[^]]*\]\).*/{"ids":\1}/' "$tmp/made" | "$cli" -m "$m" --detokenize | sed 's/.*"text":\("[^"]*"\).*/\1/')"
 "$bin/qnext-bench" -m "$m" --device cpu -p 0 -n 24 -r 1 --draft 2 --simulate-acceptance 0.8 -o jsonl >"$tmp/json" 2>"$tmp/err"
 same "exit code of --simulate-acceptance ($(cat "$tmp/err"))" 0 $?
 has "bench --simulate-acceptance" '"test":"draft 2, 0.8 right".*"tokens_per_step":[12][.].*"speed_up":[0-9]' "$tmp/json"

@@ -191,6 +191,7 @@ struct Result {
   int rows = 0, calls = 0;           // of a pass over `rows` tokens; operations of one kind in it
   std::string when;                  // ISO 8601
   std::vector<double> seconds, ttft;  // of each repetition; until the first token was there
+  std::vector<int32_t> ids;          // that the last repetition generated
   int drafts = 0;                    // of a simulation: guesses per step, -1 auto
   double acceptance = NAN, per_step = NAN;  // of a simulation: asked for; tokens that a step with guesses yielded
   double bytes = NAN, flops = NAN;   // that a generated token or a pass has to move; that a repetition has to compute
@@ -388,9 +389,9 @@ class Bench {
       go_to(std::max(depth, 1));
       const auto before = static_cast<double>(session_.bytes_per_token());
       const double start = now();
-      tokens_out(turn ? n : std::min(n, 32));
+      GenerateResult made = tokens_made(turn ? n : std::min(n, 32));
       if (!turn) continue;
-      r.seconds.push_back(now() - start);
+      r.seconds.push_back(now() - start), r.ids = std::move(made.ids);
       r.bytes = (before + static_cast<double>(session_.bytes_per_token())) / 2;  // the cache grows evenly in between
     }
     return r;
@@ -527,7 +528,11 @@ std::string record(const Run& run, const Result& r) {
   Json o = Json::object(), ns = Json::array(), ts = Json::array();
   for (Field& f : fields(run, r)) o.set(f.name, std::move(f.value));
   for (double s : r.seconds) ns.push(whole(1e9 * s)), ts.push(number(r.tokens() / s));
-  return o.set("samples_ns", std::move(ns)).set("samples_ts", std::move(ts)).dump();
+  o.set("samples_ns", std::move(ns)).set("samples_ts", std::move(ts));
+  if (r.ids.empty()) return o.dump();
+  Json ids = Json::array();
+  for (int32_t id : r.ids) ids.push(whole(id));
+  return o.set("ids", std::move(ids)).dump();
 }
 
 // ---- the report for people ----------------------------------------------------------------------------------------------
