@@ -45,7 +45,7 @@ constexpr bool kBulk = false;
 #else
 constexpr bool kBulk = true;  // in code of the device; the host looks at Context::overlap, which is true of the same code
 #endif
-constexpr int kUnderWay = 2;  // chunks (measured)
+constexpr int kUnderWay = 2;  // chunks of a block that are asked for and not there yet (measured)
 
 constexpr int unit_loads(DType w) { return w == DType::INT4 ? 2 : 4; }
 constexpr int kUnit = 128;
@@ -137,8 +137,8 @@ struct Place {
 
 // The producer: asks for everything that the block reads, in the order in which it is used, as far ahead as there are slots, but for a few chunks at
 // a time. What is asked for waits in queues that everybody shares: with all slots at once, loads that the kernel before was waiting for took up to
-// 5 us longer (measured), and loads of the kernel itself and of the next one wait, too (H200, in pairs, one token of 12 layers behind 4,096: 1.3 % with
-// BF16 rest, 0.6 % with INT8). Two chunks of every block are what it takes to keep the memory busy. A lane's pieces of one chunk lie behind those of the one
+// 5 us longer (measured), and so do loads of the kernel itself and of the next (behind the first round of slots that makes 1.3 % of a token with
+// BF16 rest, 0.6 % with INT8: H200). Two chunks of every block keep the memory busy. A lane's pieces of one chunk lie behind those of the one
 // before: it is a warp alone, and nothing hides what it computes for each.
 template <DType W, bool Whole>
 __device__ __forceinline__ void produce(const Matvec& m, uint8_t* shared) {
@@ -151,7 +151,7 @@ __device__ __forceinline__ void produce(const Matvec& m, uint8_t* shared) {
   int n = 0;
   auto wait = [&] {  // for the slot
     if (once && n == m.signal) let_next_start();
-    if (n >= kUnderWay) wait_barrier(full + landed.slot, landed.phase & 1), landed.next(slots);  // where there is but one slot, there is one chunk
+    if (n >= kUnderWay) wait_barrier(full + landed.slot, landed.phase & 1), landed.next(slots);  // a block with fewer slots has no such n: slots_of()
     wait_barrier(empty + at.slot, (at.phase + 1) & 1);
     return shared + at.slot * slot_bytes(W);
   };
